@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throughput of the demo model through this plugin and of its twin on stock vLLM.
+
+Both are the same network of the same size, trained on the same data: the demo model
+unmasks blocks, its twin is autoregressive and runs with the plugin switched off.
+Each engine lives in a process of its own and the measurements take turns, so that
+whatever else the machine does hits both. Every request is greedy and ends at the
+stop token; prompts are from the held-out JSON task.
+
+tokens_per_forward counts output tokens (stop token included) by the forward passes
+of a request that yield output, rows_per_token the rows computed in them. Prompt
+processing is in tokens_per_second and ms_per_forward, but not in these two.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE.parent / "demo_model"
+# Not a package: the engines' processes and the tests import this file by its path.
+sys.path[:0] = [str(HERE), str(DEMO)]
+
+from closed_loop import MAX_TOKENS, SETTLE_SECONDS, Engine  # noqa: E402
+from tasks import check  # noqa: E402
+
+UNMASK, AR = "unmask", "vllm-ar"
+CONCURRENCIES = (1, 4, 16)
+THRESHOLD = 0.9
+THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+# Concurrency -> prompts in one measurement, so that each takes about as long.
+PROMPTS = {1: 24, 4: 64, 16: 160}
+QUICK_PROMPTS = {1: 12, 4: 32, 16: 64}
+
+
+class Variant(NamedTuple):
+    """What a row of the result is about."""
+
+    system: str
+    strategy: str | None = None
+    threshold: float | None = None
+
+    @property
+    def label(self) -> str:
+        if self.strategy is None:
+            return self.system
+        if self.threshold is None:
+            return f"{self.system}, {self.strategy}"
+        return f"{self.system}, {self.strategy} {self.threshold:g}"
+
+    @property
+    def extra_args(self) -> dict[str, Any] | None:
+        """Request options of this plugin."""
+        if self.strategy is None:
+            return None
+        options: dict[str, Any] = {"unmask_strategy": self.strategy}
+        if self.threshold is not None:
+            options["unmask_threshold"] = self.threshold
+        return options
+
+
+class Sample(NamedTuple):
+    """One measurement of one variant."""
+
+    variant: Variant
+    concurrency: int
+    repeat: int
+    seconds: float
+    engine_steps: int
+    forwards: int
+    rows: int
+    tokens: int
+    requests: int
+    right: int
+
+    @property
+    def speed(self) -> float:
+        """Output tokens per second."""
+        return self.tokens / self.seconds
+
+
+def variants(quick: bool) -> list[Variant]:
+    """Every row of one concurrency; the two of the ratio next to each other."""
+    others = [] if quick else [t for t in THRESHOLDS if t != THRESHOLD]
+    return [
+        Variant(AR),
+        Variant(UNMASK, "threshold", THRESHOLD),
+        Variant(UNMASK, "static"),
+        *(Variant(UNMASK, "threshold", threshold) for threshold in others),
+    ]
+
+
+def row(samples: Sequence[Sample]) -> dict[str, Any]:
+    """One row: the samples of one variant at one concurrency."""
+    first = samples[0]
+    speeds = [sample.speed for sample in samples]
+    tokens = sum(sample.tokens for sample in samples)
+    requests = sum(sample.requests for sample in samples)
+    return {
+        "system": first.variant.system,
+        "strategy": first.variant.strategy,
+        "threshold": first.variant.threshold,
+        "concurrency": first.concurrency,
+        "tokens_per_second": median(speeds),
+        "tokens_per_second_min": min(speeds),
+        "tokens_per_second_max": max(speeds),
+        "tokens_per_forward": tokens / sum(sample.forwards for sample in samples),
+        "rows_per_token": sum(sample.rows for sample in samples) / tokens,
+        "ms_per_forward": median(1e3 * s.seconds / s.engine_steps for s in samples),
+        "exact_match": sum(sample.right for sample in samples) / requests,
+        "requests": requests,
+        "repeats": len(samples),
+    }
+
+
+def assemble(samples: Iterable[Sample], environment: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object: rows, ratios and where they were measured.
+
+    A ratio is the median over repeats of the tokens per second at threshold 0.9
+    over those of the autoregressive twin in the same repeat.
+    """
+    groups: dict[tuple[Variant, int], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.variant, sample.concurrency), []).append(sample)
+    ours = Variant(UNMASK, "threshold", THRESHOLD)
+    ratios: dict[str, float] = {}
+    ranges: dict[str, list[float]] = {}
+    for (variant, concurrency), group in groups.items():
+        twin = groups.get((Variant(AR), concurrency))
+        if variant != ours or twin is None:
+            continue
+        speed_of = {sample.repeat: sample.speed for sample in twin}
+        paired = [s.speed / speed_of[s.repeat] for s in group if s.repeat in speed_of]
+        ratios[str(concurrency)] = median(paired)
+        ranges[str(concurrency)] = [min(paired), max(paired)]
+    return {
+        "rows": [row(group) for group in groups.values()],
+        "ratios": ratios,
+        "ratio_ranges": ranges,
+        "environment": environment,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    head = ("", "requests", "tokens/s", "min-max", "tokens/", "rows/", "ms/", "exact")
+    units = ("", "in flight", "", "", "forward", "token", "forward", "match")
+    lines = [head, units]
+    for item in result["rows"]:
+        variant = Variant(item["system"], item["strategy"], item["threshold"])
+        span = (
+            f"{item['tokens_per_second_min']:.0f}-{item['tokens_per_second_max']:.0f}"
+        )
+        lines.append(
+            (
+                variant.label,
+                str(item["concurrency"]),
+                f"{item['tokens_per_second']:.0f}",
+                span,
+                f"{item['tokens_per_forward']:.2f}",
+                f"{item['rows_per_token']:.2f}",
+                f"{item['ms_per_forward']:.2f}",
+                f"{item['exact_match']:.3f}",
+            )
+        )
+    width = max(len(line[0]) for line in lines)
+    text = [
+        f"{line[0]:{width}}" + "".join(f"{x:>12}" for x in line[1:]) for line in lines
+    ]
+    for concurrency, ratio in result["ratios"].items():
+        low, high = result["ratio_ranges"][concurrency]
+        text.append(
+            f"{UNMASK} at threshold {THRESHOLD:g} over {AR}, {concurrency} in flight: "
+            f"{ratio:.2f} times the tokens per second ({low:.2f}-{high:.2f})"
+        )
+    return "\n".join(text) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Speed over concurrency, and what parallel unmasking costs in accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    series: dict[Variant, list[dict[str, Any]]] = {}
+    for item in result["rows"]:
+        variant = Variant(item["system"], item["strategy"], item["threshold"])
+        series.setdefault(variant, []).append(item)
+    for variant, style in (
+        (Variant(UNMASK, "threshold", THRESHOLD), {"color": "C0", "marker": "o"}),
+        (Variant(AR), {"color": "C1", "marker": "s"}),
+        (Variant(UNMASK, "static"), {"color": "C2", "marker": "^"}),
+    ):
+        items = sorted(series.get(variant, []), key=lambda i: i["concurrency"])
+        speed = [i["tokens_per_second"] for i in items]
+        spread = [
+            [s - i["tokens_per_second_min"] for s, i in zip(speed, items, strict=True)],
+            [i["tokens_per_second_max"] - s for s, i in zip(speed, items, strict=True)],
+        ]
+        ticks = [i["concurrency"] for i in items]
+        left.errorbar(ticks, speed, spread, label=variant.label, capsize=3, **style)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="requests in flight",
+        ylabel="output tokens per second",
+        title="Speed (median, min to max)",
+    )
+    left.set_xticks(CONCURRENCIES, [str(c) for c in CONCURRENCIES])
+    left.minorticks_off()
+    left.set_yticks(speed_ticks := [100, 200, 500, 1000, 2000, 5000, 10000])
+    left.set_yticklabels([f"{tick:,}" for tick in speed_ticks])
+    slowest = min(i["tokens_per_second_min"] for i in result["rows"])
+    fastest = max(i["tokens_per_second_max"] for i in result["rows"])
+    left.set_ylim(slowest / 1.2, fastest * 1.2)
+    left.legend()
+
+    most = max(i["concurrency"] for i in result["rows"])
+    points = sorted(
+        (items[-1]["tokens_per_forward"], items[-1]["exact_match"], variant)
+        for variant, items in series.items()
+        if items[-1]["concurrency"] == most and variant.system == UNMASK
+    )
+    right.plot([p[0] for p in points], [p[1] for p in points], "o-", color="C0")
+    for forward, match, variant in points:
+        name = variant.strategy if variant.threshold is None else f"{variant.threshold}"
+        right.annotate(
+            str(name), (forward, match), textcoords="offset points", xytext=(4, 7)
+        )
+    twin = [i["exact_match"] for i in series.get(Variant(AR), [])]
+    if twin:
+        right.axhline(twin[-1], color="C1", linestyle="--", label=AR)
+        right.legend()
+    low = min([p[1] for p in points] + twin)
+    right.set(
+        xlabel="output tokens per forward",
+        ylabel="exact match",
+        title=f"Accuracy by threshold, {most} in flight",
+        ylim=(max(0.0, low - 0.05), 1.005),
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def measure(
+    engine: Engine,
+    variant: Variant,
+    concurrency: int,
+    repeat: int,
+    examples: Sequence[dict[str, str]],
+) -> Sample:
+    """One measurement, its outputs checked."""
+    prompts = [example["prompt"] for example in examples]
+    result = engine.measure(prompts, concurrency, variant.extra_args)
+    right = sum(
+        check(example["task"], example["prompt"], example["answer"], output.text)
+        for example, output in zip(examples, result.outputs, strict=True)
+    )
+    return Sample(
+        variant=variant,
+        concurrency=concurrency,
+        repeat=repeat,
+        seconds=result.seconds,
+        engine_steps=result.engine_steps,
+        forwards=result.forwards,
+        rows=result.rows,
+        tokens=sum(output.tokens for output in result.outputs),
+        requests=len(examples),
+        right=right,
+    )
+
+
+def start_fastest(
+    variant: Variant,
+    model: Path,
+    modes: Sequence[str],
+    environment: dict[str, str],
+    examples: Sequence[dict[str, str]],
+    log: Path,
+) -> tuple[Engine, dict[str, Any]]:
+    """Start a system's engine in each mode and keep the fastest."""
+    engines: dict[str, Engine] = {}
+    trial: dict[str, Any] = {}
+    for mode in modes:
+        say(f"starting {variant.system}, {mode}")
+        try:
+            engine = Engine(
+                model, eager=mode == "eager", environment=environment, log=log
+            )
+            # Unmeasured: the engine prepares some things at first use only.
+            for concurrency in CONCURRENCIES:
+                measure(engine, variant, concurrency, 0, examples[:16])
+        except RuntimeError as error:
+            # Compiling needs a C++ compiler, which not every machine has.
+            trial[mode] = str(error).strip().splitlines()[-1]
+            if mode == modes[-1] and not engines:
+                raise
+            continue
+        engines[mode] = engine
+    for mode, engine in engines.items():
+        time.sleep(SETTLE_SECONDS)
+        speeds = [measure(engine, variant, 4, 0, examples[:16]).speed for _ in range(3)]
+        trial[mode] = median(speeds)
+    best = max(engines, key=lambda mode: trial[mode])
+    for mode, engine in engines.items():
+        if mode != best:
+            engine.close()
+    facts = {"mode": best, "trial_tokens_per_second": trial}
+    return engines[best], engines[best].facts | facts
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def describe(
+    engines: dict[str, dict[str, Any]], counts: dict[int, int], repeats: int
+) -> dict[str, Any]:
+    """Where and how the numbers were measured."""
+    versions = engines[UNMASK].pop("versions")
+    engines[AR].pop("versions")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions | {"vllm-unmask": version("vllm-unmask")},
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "engines": engines,
+        "prompts": {str(concurrency): count for concurrency, count in counts.items()},
+        "repeats": repeats,
+        "max_tokens": MAX_TOKENS,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this folder, marked if files differ from it."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    return result.stdout.strip() or None
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else platform.processor()
+
+
+def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
+    with (DEMO / "held_out.jsonl").open(encoding="utf-8") as file:
+        examples = [json.loads(line) for line in file]
+    examples = [example for example in examples if example["task"] == "json"]
+    counts = QUICK_PROMPTS if args.quick else PROMPTS
+    repeats = args.repeats or (3 if args.quick else 5)
+    modes = ("eager", "compiled") if args.mode == "auto" else (args.mode,)
+    layout = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if args.one_process else "1"}
+    if args.threads:
+        layout["OMP_NUM_THREADS"] = str(args.threads)
+        layout["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    load = [os.getloadavg()[0]]
+    engines: dict[str, Engine] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    try:
+        for variant, folder, environment in (
+            (Variant(AR), "ar", {"UNMASK_DISABLE": "1"}),
+            (Variant(UNMASK, "threshold", THRESHOLD), "sdar", {"UNMASK_DISABLE": ""}),
+        ):
+            system = variant.system
+            engines[system], facts[system] = start_fastest(
+                variant,
+                (args.models / folder).resolve(),
+                modes,
+                layout | environment,
+                examples,
+                log,
+            )
+        samples: list[Sample] = []
+        for repeat in range(repeats):
+            say(f"repeat {repeat + 1} of {repeats}")
+            for concurrency, count in counts.items():
+                # Other prompts in every repeat, the same for every variant.
+                first = repeat * count % len(examples)
+                chosen = (examples[first:] + examples[:first])[:count]
+                for variant in variants(args.quick):
+                    engine = engines[variant.system]
+                    if not samples or samples[-1].variant.system != variant.system:
+                        time.sleep(SETTLE_SECONDS)
+                    samples.append(
+                        measure(engine, variant, concurrency, repeat, chosen)
+                    )
+    finally:
+        for engine in engines.values():
+            engine.close()
+    load.append(os.getloadavg()[0])
+    environment = describe(facts, counts, repeats) | {
+        # More than one engine keeps busy means that something else ran too.
+        "load_average_before_and_after": load,
+        "command": ["throughput.py", *sys.argv[1:]],
+    }
+    return assemble(samples, environment)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, required=True, help="write the result here"
+    )
+    parser.add_argument("--plot", type=Path, help="draw it here (PNG)")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer prompts, repeats and thresholds"
+    )
+    parser.add_argument("--repeats", type=int, help="default 5, or 3 with --quick")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "eager", "compiled"),
+        default="auto",
+        help="forward pass of both; auto (default): whichever is faster for each",
+    )
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        help="front end, engine core and worker of an engine in one process, instead "
+        "of vLLM's default",
+    )
+    parser.add_argument(
+        "--threads", type=int, help="OpenMP threads of each engine (default: vLLM's)"
+    )
+    parser.add_argument(
+        "--models", type=Path, default=DEMO, help="folder that holds sdar and ar"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "engines.log"
+        try:
+            result = run(args, log)
+        except RuntimeError as error:
+            tail = log.read_text(errors="replace").splitlines()[-40:]
+            sys.stderr.write("\n".join([*tail, f"throughput: {error}", ""]))
+            return 1
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(table(result))
+    if args.plot:
+        plot(result, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole-sequence reference of a block-causal model, in plain torch.
+
+Independent of the plugin and of vLLM: no cache, no pages, no batching. The mask
+is built position by position and the decode loop follows SDAR's description.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Weights = dict[str, torch.Tensor]
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+    # x: [heads, sequence, dim]
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def block_causal_mask(length: int, block: int) -> torch.Tensor:
+    """bool [length, length]: query sees every key of its block and before."""
+    index = torch.arange(length) // block
+    return index[:, None] >= index[None, :]
+
+
+def dense_logits(
+    config: dict[str, Any], weights: Weights, ids: list[int], mask: torch.Tensor
+) -> torch.Tensor:
+    """Logits [sequence, vocab] of a Qwen3 network under an explicit mask."""
+    eps, theta = config["rms_norm_eps"], config["rope_theta"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config["head_dim"]
+    n = len(ids)
+    x = weights["model.embed_tokens.weight"][torch.tensor(ids)]
+    for layer in range(config["num_hidden_layers"]):
+
+        def get(name: str, layer: int = layer) -> torch.Tensor:
+            return weights[f"model.layers.{layer}.{name}.weight"]
+
+        h = _rms_norm(x, get("input_layernorm"), eps)
+        q = (h @ get("self_attn.q_proj").T).view(n, heads, dim).transpose(0, 1)
+        k = (h @ get("self_attn.k_proj").T).view(n, kv_heads, dim).transpose(0, 1)
+        v = (h @ get("self_attn.v_proj").T).view(n, kv_heads, dim).transpose(0, 1)
+        q = _rotate(_rms_norm(q, get("self_attn.q_norm"), eps), theta)
+        k = _rotate(_rms_norm(k, get("self_attn.k_norm"), eps), theta)
+        k, v = (t.repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
+        scores = q @ k.transpose(1, 2) / dim**0.5
+        scores = scores.masked_fill(~mask, -torch.inf)
+        mixed = scores.softmax(-1) @ v
+        x = x + mixed.transpose(0, 1).reshape(n, -1) @ get("self_attn.o_proj").T
+        h = _rms_norm(x, get("post_attention_layernorm"), eps)
+        gate = torch.nn.functional.silu(h @ get("mlp.gate_proj").T)
+        x = x + (gate * (h @ get("mlp.up_proj").T)) @ get("mlp.down_proj").T
+    return _rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
+
+
+def decode(
+    config: dict[str, Any],
+    weights: Weights,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    block: int,
+    choose: Callable[[list[int], torch.Tensor, list[int], int, int], list[int]],
+    max_model_len: int = 1 << 30,
+    stop: frozenset[int] = frozenset(),
+) -> tuple[list[int], int]:
+    """Greedy decoding, block by block, one whole-sequence forward a step.
+
+    Args:
+        choose: (masked columns, confidence [block], candidates, step, masks when
+            the block was opened) -> columns to unmask.
+
+    Returns:
+        The output tokens and the number of denoising forwards.
+    """
+    mask_id = config["mask_token_id"]
+    ids = list(prompt)
+    output: list[int] = []
+    forwards = 0
+    while True:
+        start = len(ids) // block * block
+        end = min(start + block, max_model_len)
+        first = len(ids)
+        opened = end - first
+        ids += [mask_id] * opened
+        step = 0
+        while mask_id in ids[first:]:
+            logits = dense_logits(
+                config, weights, ids, block_causal_mask(len(ids), block)
+            )[start:end]
+            logits[:, mask_id] = -torch.inf
+            confidence, candidate = logits.softmax(-1).max(-1)
+            masked = [i - start for i in range(first, end) if ids[i] == mask_id]
+            columns = choose(masked, confidence, candidate.tolist(), step, opened)
+            assert columns
+            for column in columns:
+                ids[start + column] = int(candidate[column])
+            step += 1
+            forwards += 1
+        for token in ids[first:end]:
+            output.append(token)
+            if token in stop or len(output) >= max_tokens:
+                return output, forwards
+        if end >= max_model_len:
+            return output, forwards
+
+
+def choose_static(
+    masked: list[int],
+    confidence: torch.Tensor,
+    candidates: list[int],
+    step: int,
+    opened: int,
+    steps: int | None = None,
+) -> list[int]:
+    """The schedule alone: ``opened`` masks over ``steps`` steps, remainder first."""
+    steps = steps or opened
+    count = max(1, opened // steps + (step < opened % steps))
+    return sorted(masked, key=lambda i: (-float(confidence[i]), i))[:count]
+
+
+def choose_threshold(
+    masked: list[int],
+    confidence: torch.Tensor,
+    candidates: list[int],
+    step: int,
+    opened: int,
+    threshold: float = 0.9,
+) -> list[int]:
+    """Everything above the threshold, at least the surest."""
+    above = [i for i in masked if float(confidence[i]) > threshold]
+    return above or choose_static(masked, confidence, candidates, 0, 1)

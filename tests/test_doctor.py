@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vllm_unmask doctor`."""
+
+import builtins
+import json
+from typing import Any
+
+import pytest
+
+from vllm_unmask import __version__, doctor, registration
+from vllm_unmask.options import server_limits
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_PLUGINS", "UNMASK_DISABLE", "UNMASK_ALLOW_UNTESTED_VLLM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = doctor.run(as_json=True)
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_working_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = report(capsys)
+    assert (code, found["missing"]) == (0, [])
+    assert found["versions"]["vllm-unmask"] == __version__
+    assert found["versions"]["vllm"] == registration.vllm_version()
+    assert all(found["versions"][name] for name in ("torch", "python"))
+    assert found["supported"] and found["entry_point"]
+    assert found["device"]
+    assert {entry["architecture"] for entry in found["families"]} >= {"SDARForCausalLM"}
+    for patch in found["patches"]:
+        assert patch["applied"]
+        assert {guard["state"] for guard in patch["guards"]} == {"ok"}
+
+
+def test_options_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    table = {entry["server"]: entry for entry in report(capsys)[1]["options"]}
+    assert set(table) == set(server_limits())
+    assert table["threshold"] == {
+        "server": "threshold",
+        "request": "unmask_threshold",
+        "default": 0.9,
+        "allowed": "a number from 0.0 to 1.0",
+        "only_with": "strategy=threshold",
+        "doc": server_limits()["threshold"].doc,
+    }
+    assert table["block_length"]["request"] is None
+
+
+def test_text_says_what_json_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.run() == 0
+    text = capsys.readouterr().out
+    _, found = report(capsys)
+    for name, value in found["versions"].items():
+        if value:
+            assert f"{name:14}{value}\n" in text
+    for patch in found["patches"]:
+        assert f"patch {patch['name']}: applied\n" in text
+    for option in found["options"]:
+        assert f"  {option['server']} " in text
+    assert text.endswith("nothing required is missing\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("VLLM_PLUGINS", "other", "VLLM_PLUGINS='other' keeps the plugin"),
+        ("VLLM_PLUGINS", "", "VLLM_PLUGINS='' keeps the plugin"),
+        ("UNMASK_DISABLE", "1", "UNMASK_DISABLE=1 switches the plugin off"),
+        ("UNMASK_DISABLE", "x", "expected 0 or 1"),
+    ],
+)
+def test_environment_that_keeps_us_out(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: str,
+    expected: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    code, found = report(capsys)
+    assert code == 1
+    assert [s for s in found["missing"] if expected in s]
+    assert found["environment"] == {name: value}
+    assert doctor.run() == 1
+    assert f"MISSING: {found['missing'][0]}\n" in capsys.readouterr().out
+
+
+def test_named_among_others_is_fine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other,unmask")
+    assert report(capsys)[0] == 0
+
+
+def test_entry_point_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda **_: [])
+    code, found = report(capsys)
+    assert (code, found["entry_point"]) == (1, False)
+    assert doctor.NOT_INSTALLED in found["missing"]
+
+
+def test_unsupported_vllm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.40.1")
+    code, found = report(capsys)
+    assert (code, found["supported"]) == (1, False)
+    assert "found 0.40.1" in found["missing"][0]
+    states = {g["state"] for patch in found["patches"] for g in patch["guards"]}
+    assert states == {"unknown source"}
+
+
+def test_vllm_that_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report must come out of the very installation that is broken."""
+    real = builtins.__import__
+
+    def broken(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.startswith("vllm."):
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    code, found = report(capsys)
+    assert code == 1
+    assert "operator torchvision::nms does not exist" in found["missing"][0]
+    assert "remove torchvision" in found["missing"][0]
+    assert found["device"] is None
+
+
+def test_cpu_build_without_the_name_vllm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = doctor._distribution
+    monkeypatch.setattr(
+        doctor, "_distribution", lambda name: None if name == "vllm" else real(name)
+    )
+    code, found = report(capsys)
+    assert code == 1
+    assert "no distribution `vllm` is installed" in found["missing"][0]

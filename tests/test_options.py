@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Server options and request options."""
+
+import json
+import math
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_unmask import sampling_params
+from vllm_unmask.options import (
+    DecodingOptions,
+    OptionError,
+    ServerOptions,
+    decoding_limits,
+    parse_request_options,
+    parse_server_options,
+    require_steps_fit,
+    server_limits,
+    server_options_from_dict,
+    server_options_to_dict,
+)
+
+DEFAULTS = DecodingOptions()
+STATIC = DecodingOptions(strategy="static")
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "expected"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"other": 1, "diffusion_max_steps": 3}, {}),
+        ({"unmask_strategy": "static"}, {"strategy": "static"}),
+        ({"unmask_steps": 8}, {"steps": 8}),
+        ({"unmask_steps": None}, {"steps": None}),
+        ({"unmask_threshold": 0}, {"threshold": 0.0}),
+        ({"unmask_threshold": 1.0}, {"threshold": 1.0}),
+        ({"unmask_strict": 0}, {"strict": False}),
+        ({"unmask_strict": True}, {"strict": True}),
+        ({"unmask_order": "margin"}, {"order": "margin"}),
+        ({"unmask_confidence_from": "raw"}, {"confidence_from": "raw"}),
+    ],
+)
+def test_request_options(extra_args: Any, expected: dict[str, Any]) -> None:
+    parsed = parse_request_options(extra_args, DEFAULTS, 8)
+    assert asdict(parsed) == asdict(DEFAULTS) | expected
+    assert [type(getattr(parsed, name)) for name in expected] == [
+        type(value) for value in expected.values()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("unmask_step", 4, "unmask_steps (nearest match)"),
+        ("unmask-steps", 4, "unmask_steps (nearest match)"),
+        ("UNMASK_STEPS", 4, "unmask_steps (nearest match)"),
+        ("unmask_zzz", 4, "expected one of unmask_strategy"),
+        ("unmask_strategy", "treshold", "did you mean 'threshold'?"),
+        ("unmask_strategy", 1, "one of static, threshold"),
+        ("unmask_steps", 0, "at least 1"),
+        ("unmask_steps", 9, "from 1 to 8"),
+        ("unmask_steps", 4.0, "got float"),
+        ("unmask_steps", "4", "got str"),
+        ("unmask_steps", True, "got bool"),
+        ("unmask_steps", 10**400, "from 1 to 8"),
+        ("unmask_threshold", -0.1, "from 0.0 to 1.0"),
+        ("unmask_threshold", 1.1, "from 0.0 to 1.0"),
+        ("unmask_threshold", 10**400, "from 0.0 to 1.0"),
+        ("unmask_threshold", math.nan, "from 0.0 to 1.0"),
+        ("unmask_threshold", math.inf, "from 0.0 to 1.0"),
+        ("unmask_threshold", True, "got bool"),
+        ("unmask_threshold", "0.9", "got str"),
+        ("unmask_threshold", None, "got NoneType"),
+        ("unmask_strict", 2, "true or false"),
+        ("unmask_strict", 1.0, "true or false"),
+        ("unmask_strict", "true", "true or false"),
+        ("unmask_order", "rand", "did you mean 'random'?"),
+        ("unmask_confidence_from", ["raw"], "one of transformed, raw"),
+    ],
+)
+def test_bad_request_option(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_request_options({key: value}, DEFAULTS, 8)
+    assert caught.value.parameter == key
+    assert caught.value.value is value
+    message = str(caught.value)
+    assert message.startswith(f"{key}={value!r} is ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("defaults", "extra_args", "refused"),
+    [
+        (STATIC, {"unmask_threshold": 0.5}, "unmask_threshold"),
+        (STATIC, {"unmask_strict": 1}, "unmask_strict"),
+        (DEFAULTS, {"unmask_strategy": "static", "unmask_threshold": 0.9}, None),
+        (
+            DEFAULTS,
+            {
+                "unmask_strategy": "static",
+                "unmask_order": "random",
+                "unmask_confidence_from": "raw",
+            },
+            "unmask_confidence_from",
+        ),
+    ],
+)
+def test_option_without_effect_is_refused(
+    defaults: DecodingOptions, extra_args: dict[str, Any], refused: str | None
+) -> None:
+    with pytest.raises(OptionError, match="has no effect with strategy=static") as e:
+        parse_request_options(extra_args, defaults, 8)
+    assert e.value.parameter == (refused or "unmask_threshold")
+
+
+def test_server_default_without_effect_is_no_error() -> None:
+    """Only what the request itself asks for can be refused."""
+    defaults = DecodingOptions(threshold=0.7)
+    parsed = parse_request_options({"unmask_strategy": "static"}, defaults, 8)
+    assert parsed.strategy == "static"
+    again = parse_request_options(
+        {"unmask_strategy": "threshold", "unmask_threshold": 0.5}, STATIC, 8
+    )
+    assert again == DecodingOptions(threshold=0.5)
+
+
+def test_default_steps_must_fit_too() -> None:
+    defaults = DecodingOptions(steps=16)
+    with pytest.raises(OptionError, match="from 1 to 8"):
+        parse_request_options({}, defaults, 8)
+    require_steps_fit(defaults, 16)
+
+
+@pytest.mark.parametrize("additional_config", [None, {}, {"other": 1}, object()])
+def test_server_without_options(additional_config: Any) -> None:
+    assert parse_server_options(additional_config) == ServerOptions()
+
+
+def test_server_options() -> None:
+    given = {
+        "strategy": "static",
+        "steps": 2,
+        "block_length": 8,
+        "mask_token_id": 3,
+        "layout": "exact",
+    }
+    parsed = parse_server_options({"unmask": given, "other": {"steps": "x"}})
+    assert parsed == ServerOptions(
+        decoding=DecodingOptions(strategy="static", steps=2),
+        block_length=8,
+        mask_token_id=3,
+        layout="exact",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "parameter", "expected"),
+    [
+        (5, "unmask", "an object of option names"),
+        (None, "unmask", "an object of option names"),
+        ({"tresholds": 1}, "tresholds", "threshold (nearest match)"),
+        ({"unmask_steps": 1}, "unmask_steps", "is no known option"),
+        ({"decoding": {}}, "decoding", "is no known option"),
+        ({"block_length": 0}, "block_length", "at least 1"),
+        ({"block_length": 4.0}, "block_length", "got float"),
+        ({"mask_token_id": -1}, "mask_token_id", "at least 0"),
+        ({"layout": "fast"}, "layout", "one of auto, uniform, exact"),
+        ({"steps": 9, "block_length": 8}, "steps", "from 1 to 8"),
+        ({"strategy": "static", "strict": True}, "strict", "has no effect"),
+        ({1: 2}, "1", "is no known option"),
+    ],
+)
+def test_bad_server_option(given: Any, parameter: str, expected: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_server_options({"unmask": given})
+    assert caught.value.parameter == parameter
+    assert expected in str(caught.value)
+
+
+@given(
+    st.builds(
+        ServerOptions,
+        decoding=st.builds(
+            DecodingOptions,
+            strategy=st.sampled_from(["static", "threshold"]),
+            steps=st.none() | st.integers(1, 64),
+            threshold=st.floats(0, 1),
+            strict=st.booleans(),
+        ),
+        block_length=st.none() | st.integers(1, 64),
+        layout=st.sampled_from(["auto", "uniform", "exact"]),
+    )
+)
+def test_round_trip_through_json(options: ServerOptions) -> None:
+    text = json.dumps(server_options_to_dict(options))
+    assert server_options_from_dict(json.loads(text)) == options
+
+
+def test_one_table_of_options() -> None:
+    """Every field has limits and every default is within them."""
+    assert list(decoding_limits()) == [f.name for f in fields(DecodingOptions)]
+    assert set(server_limits()) == {
+        *decoding_limits(),
+        *(f.name for f in fields(ServerOptions) if f.name != "decoding"),
+    }
+    given = {name: getattr(DEFAULTS, name) for name in decoding_limits()}
+    assert parse_server_options({"unmask": given}) == ServerOptions()
+
+
+def test_readme_has_this_table() -> None:
+    readme = Path(__file__).parent.parent / "README.md"
+    defaults = server_options_to_dict(ServerOptions())
+    defaults |= defaults.pop("decoding")
+    rows = []
+    for name, limits in server_limits().items():
+        request = f"`unmask_{name}`" if name in decoding_limits() else ""
+        condition = f"; only with {limits.condition}" if limits.condition else ""
+        rows.append(
+            f"| `{name}` | {request} | `{json.dumps(defaults[name])}` | "
+            f"{limits.allowed} | {limits.doc}{condition} |\n"
+        )
+    assert "".join(rows) in readme.read_text()
+
+
+def test_sampling_params() -> None:
+    params = sampling_params(
+        strategy="threshold",
+        threshold=0.5,
+        strict=False,
+        temperature=0.0,
+        max_tokens=7,
+        extra_args={"other": 1},
+    )
+    assert params.extra_args == {
+        "other": 1,
+        "unmask_strategy": "threshold",
+        "unmask_threshold": 0.5,
+        "unmask_strict": False,
+    }
+    assert (params.temperature, params.max_tokens) == (0.0, 7)
+    assert sampling_params().extra_args is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"strategy": "statik"},
+        {"steps": 0},
+        {"threshold": 2.0},
+        {"strategy": "static", "threshold": 0.5},
+        {"steps": 2, "extra_args": {"unmask_steps": 3}},
+        {"extra_args": {"unmask_stepz": 3}},
+    ],
+)
+def test_sampling_params_refuses_at_once(arguments: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        sampling_params(**arguments)
+
+
+def test_sampling_params_leaves_to_the_server_what_it_decides() -> None:
+    """Whether a threshold applies depends on the server's default strategy."""
+    assert sampling_params(threshold=0.5).extra_args == {"unmask_threshold": 0.5}
+    assert sampling_params(steps=10**6).extra_args == {"unmask_steps": 10**6}

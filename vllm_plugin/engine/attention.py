@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtual rows: block-causal attention from any backend that can do full attention.
+
+A request's query is cut on the block grid. Every piece becomes a row of its own
+for the attention backend: same KV pages, its own query range, and a sequence
+length that ends with its block. KV of the whole batch is written before
+attention reads it, so each row sees its block in full and everything before it.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.utils import AttentionGroup
+
+
+class RowPlan(NamedTuple):
+    """How the queries of a batch are cut into rows."""
+
+    request: np.ndarray[Any, Any]  # int64 [rows] row -> batch index of its request
+    query_start: np.ndarray[Any, Any]  # int32 [rows + 1] row -> first query token
+    # int32 [rows] tokens of the request's query that lie after the row
+    after: np.ndarray[Any, Any]
+
+
+def plan_rows(num_scheduled: np.ndarray[Any, Any], block_length: int) -> RowPlan:
+    """Cut each request's query into blocks.
+
+    Every query starts on the block grid (the scheduler sees to it), so the cut
+    depends on the query lengths alone and needs nothing from the device.
+
+    Args:
+        num_scheduled: int [requests], query length of each request.
+        block_length: positions in a block.
+    """
+    rows_per_request = -(-num_scheduled // block_length)
+    request = np.repeat(np.arange(len(num_scheduled)), rows_per_request)
+    first_row = np.cumsum(rows_per_request) - rows_per_request
+    index = np.arange(len(request)) - first_row[request]
+    end = np.minimum((index + 1) * block_length, num_scheduled[request])
+    query_start = np.zeros(len(request) + 1, dtype=np.int32)
+    np.cumsum(end - index * block_length, out=query_start[1:])
+    return RowPlan(
+        request, query_start, (num_scheduled[request] - end).astype(np.int32)
+    )
+
+
+def build_block_causal_metadata(
+    input_batch: InputBatch,
+    block_tables: tuple[torch.Tensor, ...],
+    slot_mappings: torch.Tensor,
+    attn_groups: list[list[AttentionGroup]],
+    kv_cache_config: KVCacheConfig,
+    block_length: int,
+) -> dict[str, Any]:
+    """Attention metadata of a batch under the block-causal mask.
+
+    Returns:
+        Layer name -> the backend's metadata, as ``build_attn_metadata`` does.
+    """
+    device = input_batch.seq_lens.device
+    num_reqs = input_batch.num_reqs
+    plan = plan_rows(input_batch.num_scheduled_tokens[:num_reqs], block_length)
+    request = async_tensor_h2d(plan.request, device=device, dtype=torch.int64)
+    after = async_tensor_h2d(plan.after, device=device, dtype=torch.int32)
+    query_start = torch.from_numpy(plan.query_start)
+    upper_bound = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(plan.request)]
+    return build_attn_metadata(
+        attn_groups=attn_groups,
+        num_reqs=len(plan.request),
+        num_tokens=input_batch.num_tokens,
+        query_start_loc_gpu=async_tensor_h2d(plan.query_start, device=device),
+        query_start_loc_cpu=query_start,
+        max_query_len=int(np.diff(plan.query_start).max()),
+        seq_lens=input_batch.seq_lens[request] - after,
+        max_seq_len=int(upper_bound.max()),
+        block_tables=tuple(table[request] for table in block_tables),
+        slot_mappings=slot_mappings,
+        kv_cache_config=kv_cache_config,
+        seq_lens_cpu_upper_bound=upper_bound,
+        positions=input_batch.positions,
+        causal=False,
+    )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities of a block, each from the step that unmasked its position."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+
+if TYPE_CHECKING:
+    from vllm_unmask.engine.model_state import DenoisingRows
+
+
+class BlockLogprobs:
+    """Keeps what a block's positions were unmasked with until it is reported.
+
+    Args:
+        logits_mode: report logits instead (vLLM's ``raw_logits`` mode).
+    """
+
+    def __init__(self, logits_mode: bool) -> None:
+        self.logits_mode = logits_mode
+        # Request slot -> its active block so far.
+        self.kept: dict[int, LogprobsTensors] = {}
+
+    def forget(self, slot: int) -> None:
+        """Drop what a slot's previous request left."""
+        self.kept.pop(slot, None)
+
+    def collect(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        accepted: torch.Tensor,
+        num_fixed: torch.Tensor,
+        rows: "DenoisingRows",
+        num_logprobs: np.ndarray[Any, Any],
+    ) -> LogprobsTensors | None:
+        """Note this step's positions; return every wanting request's block.
+
+        Every wanting request returns its whole block every step, its first output
+        token first; vLLM reads the rows of the tokens that were committed, so
+        nothing here waits for the device.
+
+        Args:
+            logits: [requests * block, vocab], the model's own.
+            tokens: int64 [requests, block], candidates.
+            accepted: bool [requests, block], positions unmasked in this step.
+            num_fixed: int64 [requests], leading prompt positions of the block.
+            rows: which requests of the batch these are.
+            num_logprobs: int32 [requests], vLLM's count or NO_LOGPROBS.
+        """
+        if (num_logprobs == NO_LOGPROBS).all():
+            return None
+        length = tokens.shape[1]
+        column = torch.arange(length, device=tokens.device)
+        blocks: dict[int, LogprobsTensors] = {}
+        for row, count in enumerate(num_logprobs.tolist()):
+            if count == NO_LOGPROBS:
+                continue
+            slot = int(rows.slots_np[row])
+            now = compute_topk_scores(
+                logits[row * length : (row + 1) * length],
+                count,
+                tokens[row],
+                logits_mode=self.logits_mode,
+            )
+            block = _overwrite(self.kept.get(slot, now), now, accepted[row])
+            self.kept[slot] = block
+            shift = (column + num_fixed[row]).clamp(max=length - 1)
+            blocks[int(rows.batch_index[row])] = LogprobsTensors(
+                *(field[shift] for field in block[:3])
+            )
+        return _concatenate(blocks, int(rows.batch_index[-1]) + 1)
+
+
+def _overwrite(
+    kept: LogprobsTensors, now: LogprobsTensors, fresh: torch.Tensor
+) -> LogprobsTensors:
+    """``kept``, with the rows in ``fresh`` taken from ``now``."""
+    wide = fresh.unsqueeze(1)
+    return LogprobsTensors(
+        torch.where(wide, now.logprob_token_ids, kept.logprob_token_ids),
+        torch.where(wide, now.logprobs, kept.logprobs),
+        torch.where(fresh, now.selected_token_ranks, kept.selected_token_ranks),
+    )
+
+
+def _concatenate(blocks: dict[int, LogprobsTensors], num_reqs: int) -> LogprobsTensors:
+    """Join blocks by batch index, padded to the widest request.
+
+    Padding is token 0 at -inf, which vLLM's output processor never reports.
+    """
+    width = max(block.logprob_token_ids.shape[1] for block in blocks.values())
+
+    def pad(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        missing = width - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (0, missing), value=value)
+
+    starts = []
+    start = 0
+    for index in range(num_reqs):
+        starts.append(start)
+        if index in blocks:
+            start += blocks[index].selected_token_ranks.shape[0]
+    parts = [blocks[index] for index in sorted(blocks)]
+    return LogprobsTensors(
+        torch.cat([pad(part.logprob_token_ids, 0) for part in parts]),
+        torch.cat([pad(part.logprobs, -torch.inf) for part in parts]),
+        torch.cat([part.selected_token_ranks for part in parts]),
+        cu_num_generated_tokens=starts,
+    )

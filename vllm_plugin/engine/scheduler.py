@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduling on the block grid.
+
+vLLM counts a canvas as draft tokens. Three things are different for a
+block-causal model, and all follow from one rule: *every query starts on the
+block grid*, at the first block whose KV is not final.
+
+1. Prefill is cut at block borders, and a prompt tail that does not fill a block
+   is forwarded again with the first canvas.
+2. A canvas is scheduled whole or not at all: a cut one would be another mask
+   pattern than the model was trained for. (The last block before
+   ``max_model_len`` may be shorter; it is then shorter in every step.)
+3. A block is reported in the step that completes it, one step before its KV is
+   final, so for that step the request stands one block behind its tokens.
+
+With nothing in flight the scheduler knows where the device stands and says so
+in ``num_computed_tokens``. With a step in flight (asynchronous scheduling) it
+cannot know whether that step completes a block; it then schedules two blocks,
+which is right in either case, and vLLM's own accounting catches up.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+
+class BlockDiffusionScheduler(Scheduler):
+    """Synchronous scheduling.
+
+    Layout ``exact``: the second block is scheduled only when the first one is
+    complete, so no row is forwarded that nothing reads. Layout ``uniform``:
+    always two blocks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        served = self.vllm_config.model_config.hf_config.unmask_served
+        self.block_length: int = served["block_length"]
+        self.uniform = served["server"]["layout"] == "uniform"
+        # Routes every scheduling decision through _mamba_block_aligned_split,
+        # vLLM's hook for queries that must end on a grid.
+        self.need_mamba_block_aligned_split = True
+        # Requests whose last reported block still awaits its final forward.
+        self.pending: set[str] = set()
+        self._cache_final_blocks_only()
+        # Request id -> rows it had in the step whose output is being processed.
+        self.num_forwarded: dict[str, int] = {}
+
+    def _first_open_position(self, request: Request) -> int:
+        """Start of the first block whose KV is not final."""
+        length = self.block_length
+        start = request.num_tokens // length * length
+        return start - length if request.request_id in self.pending else start
+
+    def _cache_final_blocks_only(self) -> None:
+        """Keep a block that was just reported out of the prefix cache.
+
+        Asynchronous scheduling (and vLLM 0.33) caches up to the last reported
+        token, whose KV is final one step later, or never if the request ends.
+        """
+        manager = self.kv_cache_manager
+        cache_blocks = manager.cache_blocks
+
+        def cache_final_blocks(request: Request, num_computed_tokens: int) -> None:
+            final = self._first_open_position(request)
+            cache_blocks(request, min(num_computed_tokens, final))
+
+        manager.cache_blocks = cache_final_blocks
+
+    def _canvas_length(self, request: Request) -> int:
+        """Positions of the next query, from the first open position on."""
+        blocks = 2 if self.uniform or request.request_id in self.pending else 1
+        return blocks * self.block_length
+
+    def _plan_canvas(self, request: Request) -> None:
+        start = self._first_open_position(request)
+        end = start + self._canvas_length(request)
+        request.num_computed_tokens = start
+        request.spec_token_ids = [-1] * (end - request.num_tokens)
+
+    def _in_flight(self, request: Request) -> bool:
+        return request.num_output_placeholders > 0
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        for request in self.running:
+            if request.is_prefill_chunk:
+                continue
+            if not self._in_flight(request):
+                self._plan_canvas(request)
+            else:
+                # Two blocks behind whatever is in flight.
+                owed = (
+                    request.num_tokens
+                    + request.num_output_placeholders
+                    - request.num_computed_tokens
+                )
+                request.spec_token_ids = [-1] * (2 * self.block_length - owed)
+        return super().schedule(throttle_prefills)
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Cut a query to the grid; 0 leaves the request for a later step."""
+        length = self.block_length
+        if not request.spec_token_ids:
+            start = (
+                request.num_computed_tokens
+                + num_new_local_computed_tokens
+                + num_external_computed_tokens
+            )
+            if start + num_new_tokens >= request.num_tokens:
+                return num_new_tokens
+            return num_new_tokens // length * length
+        if self._in_flight(request):
+            whole = 2 * length
+        else:
+            room = self.max_model_len - request.num_computed_tokens
+            whole = min(self._canvas_length(request), room)
+        return num_new_tokens if num_new_tokens >= whole else 0
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        # The canvas lives in the worker; schedule() plans its length.
+        return None
+
+    def update_draft_token_ids_in_output(
+        self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
+    ) -> None:
+        return None
+
+    def update_from_output(
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+    ) -> Any:
+        self.num_forwarded = scheduler_output.num_scheduled_tokens
+        sampled = model_runner_output.sampled_token_ids
+        for req_id in scheduler_output.scheduled_spec_decode_tokens:
+            request = self.requests.get(req_id)
+            # Output of a step from before a preemption says nothing about the
+            # canvas that was opened since.
+            if request is None or request.num_stale_output_tokens > 0:
+                continue
+            if sampled and sampled[model_runner_output.req_id_to_index[req_id]]:
+                self.pending.add(req_id)
+            else:
+                self.pending.discard(req_id)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        # vllm:diffusion_num_canvas_positions counts every row that a denoising
+        # step forwards, known ids included: what a committed token really costs.
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            self.num_forwarded[request_id],
+            num_accepted_tokens,
+            None,
+            request_id,
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.pending.discard(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.pending.discard(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
+
+
+class BlockDiffusionAsyncScheduler(BlockDiffusionScheduler, AsyncScheduler):
+    """Asynchronous scheduling: always the uniform layout."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        served = self.vllm_config.model_config.hf_config.unmask_served
+        if served["server"]["layout"] == "exact":
+            raise ValueError(
+                'layout="exact" needs the result of a step before it schedules the '
+                "next one; use it with --no-async-scheduling, or leave layout at "
+                '"auto"'
+            )
+        self.uniform = True
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
+    """The scheduler for the engine's mode, which is decided after our config hook."""
+    config = kwargs["vllm_config"].scheduler_config
+    cls = (
+        BlockDiffusionAsyncScheduler
+        if config.async_scheduling
+        else BlockDiffusionScheduler
+    )
+    return cls(*args, **kwargs)

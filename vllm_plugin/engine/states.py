@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-slot decoding state of the requests a worker holds."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+from vllm_unmask.decoding.canvas import Canvas
+from vllm_unmask.decoding.denoise import NEVER, Strategy
+from vllm_unmask.decoding.scoring import ORDERS
+from vllm_unmask.options import DecodingOptions
+
+
+class BlockGeometry(NamedTuple):
+    """What a family tells the engine about its blocks and special ids."""
+
+    block_length: int
+    mask_token_id: int
+
+
+class CanvasStates:
+    """Canvas and strategy of every request slot, on the device.
+
+    Slots are vLLM's request slots. ``add_request`` overwrites all of a slot, so
+    a request never sees what its predecessor left.
+    """
+
+    def __init__(
+        self, max_num_reqs: int, geometry: BlockGeometry, device: torch.device
+    ) -> None:
+        self.geometry = geometry
+        self.device = device
+        length = geometry.block_length
+        # Every field: request slot -> value.
+        self.canvas = Canvas(
+            ids=torch.full(
+                (max_num_reqs, 2 * length), geometry.mask_token_id, device=device
+            ),
+            pending=torch.zeros(max_num_reqs, dtype=torch.bool, device=device),
+            num_fixed=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
+            num_masks=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
+            step=torch.zeros(max_num_reqs, dtype=torch.int64, device=device),
+        )
+        # Host-written, mirrored to the device by apply_staged_writes.
+        self.num_steps = UvaBackedTensor(max_num_reqs, dtype=torch.int64)
+        self.threshold = UvaBackedTensor(max_num_reqs, dtype=torch.float32)
+        self.strict = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+        self.order = UvaBackedTensor(max_num_reqs, dtype=torch.int64)
+        self.raw_confidence = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+
+    def add_request(
+        self, slot: int, token_ids: list[int], options: DecodingOptions
+    ) -> None:
+        """Open the block that ``token_ids`` end in.
+
+        Args:
+            slot: the request slot.
+            token_ids: prompt, and after a preemption the output so far.
+            options: the request's decoding options.
+        """
+        length, mask_id = self.geometry
+        tail = token_ids[len(token_ids) // length * length :]
+        masks = [mask_id] * (2 * length - len(tail))
+        self.canvas.ids[slot] = async_tensor_h2d(
+            [*tail, *masks], device=self.device, dtype=torch.int64
+        )
+        self.canvas.pending[slot] = False
+        self.canvas.num_fixed[slot] = len(tail)
+        self.canvas.num_masks[slot] = length - len(tail)
+        self.canvas.step[slot] = 0
+
+        static = options.strategy == "static"
+        self.num_steps.np[slot] = options.steps or length
+        self.threshold.np[slot] = NEVER if static else options.threshold
+        self.strict.np[slot] = options.strict
+        self.order.np[slot] = ORDERS.index(options.order)
+        self.raw_confidence.np[slot] = options.confidence_from == "raw"
+
+    def apply_staged_writes(self) -> None:
+        """Send the host-written fields to the device."""
+        for field in (
+            self.num_steps,
+            self.threshold,
+            self.strict,
+            self.order,
+            self.raw_confidence,
+        ):
+            field.copy_to_uva()
+
+    def gather(self, slots: torch.Tensor) -> Canvas:
+        """Canvas of the given slots, int64 [requests] -> slot."""
+        return Canvas(*(field[slots] for field in self.canvas))
+
+    def scatter(self, slots: torch.Tensor, canvas: Canvas) -> None:
+        """Write ``canvas`` back to the given slots."""
+        for field, value in zip(self.canvas, canvas, strict=True):
+            field[slots] = value
+
+    def strategy(self, slots: torch.Tensor) -> Strategy:
+        """Acceptance rule of the given slots."""
+        return Strategy(
+            self.num_steps.gpu[slots],
+            self.threshold.gpu[slots],
+            self.strict.gpu[slots],
+        )
+
+    def orders_used(self, slots: np.ndarray[Any, Any]) -> frozenset[int]:
+        """The order indices that occur among the slots (host side)."""
+        return frozenset(self.order.np[slots].tolist())

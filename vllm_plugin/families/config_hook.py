@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's configuration for a block-causal diffusion model."""
+
+import math
+
+from vllm.config import VllmConfig
+from vllm.config.diffusion import DiffusionConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_unmask.limits import refused
+from vllm_unmask.options import (
+    ServerOptions,
+    parse_server_options,
+    require_steps_fit,
+    server_options_to_dict,
+)
+
+logger = init_logger("vllm.vllm_unmask.families.config_hook")
+
+MAX_BLOCK_LENGTH = 256
+SCHEDULER = "vllm_unmask.engine.scheduler.create_scheduler"
+
+
+class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
+    """Registered in vLLM's ``MODELS_CONFIG_MAP`` for every family.
+
+    Runs once per ``VllmConfig``, before the platform's own checks. Raises
+    ``ValueError`` for what cannot be served, with the option to change.
+    """
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        options = parse_server_options(vllm_config.additional_config)
+        block_length = _block_length(vllm_config, options)
+        mask_token_id = _mask_token_id(vllm_config, options)
+        _refuse_unsupported(vllm_config)
+        require_steps_fit(options.decoding, block_length)
+
+        hf_config = vllm_config.model_config.hf_config
+        hf_config.canvas_length = block_length
+        # The HF config object reaches the front-end validator, the scheduler and
+        # the worker; plain JSON keeps it printable and hashable for vLLM.
+        hf_config.unmask_served = {
+            "server": server_options_to_dict(options),
+            "block_length": block_length,
+            "mask_token_id": mask_token_id,
+            "vocab_size": vllm_config.model_config.get_vocab_size(),
+        }
+        # Draft tokens of a step: at most the block and the next one.
+        vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * block_length)
+        _set_page_size(vllm_config, block_length)
+        _set_scheduler(vllm_config, block_length)
+        vllm_config.attention_config.use_non_causal = True
+
+
+def _block_length(vllm_config: VllmConfig, options: ServerOptions) -> int:
+    hf_config = vllm_config.model_config.hf_config
+    length = options.block_length
+    if length is None:
+        length = hf_config.block_size
+    user = vllm_config.diffusion_config
+    if user is not None and user.canvas_length not in (None, length):
+        raise ValueError(
+            f"--diffusion-config canvas_length={user.canvas_length} differs from the "
+            f"block length {length} of this model; set the block length with "
+            '--additional-config \'{"unmask": {"block_length": ...}}\' instead'
+        )
+    if user is not None and user.max_denoising_steps is not None:
+        raise ValueError(
+            f"--diffusion-config max_denoising_steps={user.max_denoising_steps} is "
+            "not used by this model; set steps with "
+            '--additional-config \'{"unmask": {"steps": ...}}\' instead'
+        )
+    valid = isinstance(length, int) and not isinstance(length, bool)
+    if not valid or not 1 <= length <= MAX_BLOCK_LENGTH:
+        raise refused(
+            "block_length", length, f"an integer from 1 to {MAX_BLOCK_LENGTH}"
+        )
+    budget = vllm_config.scheduler_config.max_num_batched_tokens
+    limit = min(budget // 2, vllm_config.model_config.max_model_len)
+    if length > limit:
+        raise refused(
+            "block_length",
+            length,
+            f"at most {limit}: half of --max-num-batched-tokens and no more than "
+            "--max-model-len",
+        )
+    return length
+
+
+def _mask_token_id(vllm_config: VllmConfig, options: ServerOptions) -> int:
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    mask_id = options.mask_token_id
+    if mask_id is None:
+        mask_id = getattr(vllm_config.model_config.hf_config, "mask_token_id", None)
+    if mask_id is None or not 0 <= mask_id < vocab_size:
+        raise refused(
+            "mask_token_id",
+            mask_id,
+            f"an id from 0 to {vocab_size - 1}; this checkpoint does not name a "
+            "usable one: set it with --additional-config "
+            '\'{"unmask": {"mask_token_id": ...}}\'',
+        )
+    return mask_id
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    model = vllm_config.model_config
+    flags = {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--enable-dbo": parallel.enable_dbo,
+        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "--logits-processors": bool(model.logits_processors),
+        "--logprobs-mode": model.logprobs_mode.startswith("processed"),
+        "--no-enable-chunked-prefill": (
+            not vllm_config.scheduler_config.enable_chunked_prefill
+        ),
+    }
+    backend = vllm_config.attention_config.backend
+    if backend in (
+        AttentionBackendEnum.FLASHINFER,
+        AttentionBackendEnum.FLEX_ATTENTION,
+    ):
+        # Their metadata buffers hold --max-num-seqs rows; a block-causal batch has
+        # a row for every block.
+        flags[f"--attention-backend {backend.name}"] = True
+    for flag, given in flags.items():
+        if given:
+            raise ValueError(
+                f"{flag} is not supported for block-diffusion models "
+                f"({model.architecture}); remove it"
+            )
+
+
+def _set_page_size(vllm_config: VllmConfig, block_length: int) -> None:
+    """Make a KV page hold whole blocks.
+
+    A page then never ends inside a block, so the prefix cache never holds KV
+    that a later token could change.
+    """
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size:
+        if cache.block_size % block_length:
+            raise ValueError(
+                f"--block-size {cache.block_size} must be a multiple of the "
+                f"diffusion block length {block_length}"
+            )
+        return
+    default = 128 if current_platform.is_cpu() else 16
+    if default % block_length:
+        # Backends want multiples of 32 on CPU and of 16 elsewhere.
+        step = 32 if current_platform.is_cpu() else 16
+        cache.block_size = math.lcm(block_length, step)
+        cache.user_specified_block_size = True
+
+
+def _set_scheduler(vllm_config: VllmConfig, block_length: int) -> None:
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError(
+            f"--scheduler-cls {scheduler.scheduler_cls} cannot be combined with a "
+            "block-diffusion model, which needs its own scheduler; remove it"
+        )
+    scheduler.scheduler_cls = SCHEDULER
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs * 2 * block_length:
+        logger.info(
+            "%d running requests need %d tokens a step, more than "
+            "--max-num-batched-tokens %d: some will wait for a later step.",
+            scheduler.max_num_seqs,
+            scheduler.max_num_seqs * 2 * block_length,
+            scheduler.max_num_batched_tokens,
+        )
