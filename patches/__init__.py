@@ -14,7 +14,7 @@ import logging
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_unmask.patches import served
 
@@ -25,6 +25,7 @@ __all__ = [
     "Replacement",
     "all_patches",
     "apply_all",
+    "apply_served",
     "inventory",
     "revert_all",
     "served",
@@ -33,7 +34,12 @@ __all__ = [
 logger = logging.getLogger("vllm.vllm_unmask.patches")
 
 _SENTINEL = "__unmask_patch__"
-_MODULES = ("diffusion_validation", "plugin_flag", "cpu_model_runner")
+_MODULES = (
+    "diffusion_validation",
+    "plugin_flag",
+    "cpu_model_runner",
+    "structured_outputs",
+)
 
 
 class PatchError(RuntimeError):
@@ -73,6 +79,9 @@ class Patch:
         removal: when it can be deleted.
         replacements: what is replaced.
         guards: what must be as it was when the patch was written.
+        when: "registration", or "served": once one of our models is configured.
+            What such a patch replaces is imported by that process anyway, and by
+            no other one.
 
     """
 
@@ -82,6 +91,7 @@ class Patch:
     removal: str
     replacements: tuple[Replacement, ...]
     guards: tuple[Guard, ...]
+    when: Literal["registration", "served"] = "registration"
 
 
 class GuardState(NamedTuple):
@@ -132,13 +142,14 @@ def apply_all(
     Args:
         version: vLLM's minor version, such as `0.32`.
         allow_untested: warn about unknown source instead of refusing it.
-        patches: these instead of all.
+        patches: these instead of those of registration.
 
     Raises:
         PatchError: a target is missing, or its source is unknown.
 
     """
-    patches = all_patches() if patches is None else patches
+    if patches is None:
+        patches = tuple(p for p in all_patches() if p.when == "registration")
     refused = []
     for patch in patches:
         for state in _guard_states(patch, version):
@@ -167,6 +178,17 @@ def apply_all(
         for slot in reversed(done):
             setattr(slot.owner, slot.attribute, slot.raw)
         raise
+
+
+def apply_served(version: str, *, allow_untested: bool = False) -> None:
+    """Apply the patches for a process that serves one of our models.
+
+    Raises:
+        PatchError: as of `apply_all`.
+
+    """
+    patches = tuple(patch for patch in all_patches() if patch.when == "served")
+    apply_all(version, allow_untested=allow_untested, patches=patches)
 
 
 def revert_all(patches: tuple[Patch, ...] | None = None) -> None:

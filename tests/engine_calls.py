@@ -114,8 +114,10 @@ def generate_counting(
     def counting_schedule(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         scheduled = set(output.num_scheduled_tokens)
-        denoising = set(output.scheduled_spec_decode_tokens)
-        counts["mixed_steps"] += bool(denoising and scheduled - denoising)
+        # A prompt's last chunk has a canvas as well.
+        prefilling = {request.req_id for request in output.scheduled_new_reqs}
+        prefilling |= scheduled - set(output.scheduled_spec_decode_tokens)
+        counts["mixed_steps"] += bool(prefilling and scheduled - prefilling)
         counts["steps"] += bool(scheduled)
         counts["widest_step"] = max(
             counts["widest_step"], output.total_num_scheduled_tokens

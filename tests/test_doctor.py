@@ -32,7 +32,8 @@ def test_a_working_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["device"]
     assert {entry["architecture"] for entry in found["families"]} >= {"SDARForCausalLM"}
     for patch in found["patches"]:
-        assert patch["applied"]
+        # The others wait for a model of ours, which this process does not serve.
+        assert patch["applied"] or patch["when"] == "served"
         assert {guard["state"] for guard in patch["guards"]} == {"ok"}
 
 
@@ -58,7 +59,8 @@ def test_text_says_what_json_says(capsys: pytest.CaptureFixture[str]) -> None:
         if value:
             assert f"{name:14}{value}\n" in text
     for patch in found["patches"]:
-        assert f"patch {patch['name']}: applied\n" in text
+        later = " once one of our models is served" * (not patch["applied"])
+        assert f"patch {patch['name']}: applied{later}\n" in text
     for option in found["options"]:
         assert f"  {option['server']} " in text
     assert text.endswith("nothing required is missing\n")

@@ -81,7 +81,15 @@ def result(throughput, concurrencies=(1, 16)):
     return throughput.assemble(measured, {"cpu": "some"})
 
 
-@pytest.mark.parametrize("script", ["quickstart.py", "benchmarks/throughput.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "quickstart.py",
+        "structured_json.py",
+        "benchmarks/structured.py",
+        "benchmarks/throughput.py",
+    ],
+)
 def test_help_starts_nothing(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), "--help"],

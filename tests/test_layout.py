@@ -20,7 +20,7 @@ ARROWS = {
     "decoding": {"kernels"},
     "grammar": set(),
     "kernels": set(),
-    "patches": {"options", "limits"},
+    "patches": {"grammar", "options", "limits"},
     "options": {"limits"},
     "limits": set(),
 }

@@ -212,6 +212,7 @@ def vllm_patched() -> Iterator[None]:
     registration.register()
     version = registration.supported_version()
     patches.apply_all(version)
+    patches.apply_served(version)
     yield
     patches.apply_all(version)
 
@@ -223,6 +224,7 @@ def test_inventory_of_the_installed_vllm() -> None:
         "diffusion_validation",
         "plugin_flag",
         "cpu_model_runner",
+        "structured_outputs",
     ]
     for state in states:
         assert state.applied

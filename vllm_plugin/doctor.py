@@ -78,6 +78,7 @@ def _versions() -> dict[str, str | None]:
         "torch": _distribution("torch"),
         "triton": _distribution("triton"),
         "transformers": _distribution("transformers"),
+        "xgrammar": _distribution("xgrammar"),
         "python": platform.python_version(),
     }
 
@@ -138,6 +139,10 @@ def _vllm_state(missing: list[str]) -> dict[str, Any]:
             "no distribution `vllm` is installed (its CPU build has another name), so "
             "the `vllm` command fails; `make setup` adds the metadata of one"
         )
+    if _distribution("xgrammar") is None:
+        missing.append(
+            "xgrammar, which comes with vLLM, is not installed: structured outputs fail"
+        )
     state["triton_usable"] = HAS_TRITON
     kernels = "Triton" if HAS_TRITON else "CPU overrides"
     state["runner"] = f"Model Runner V2 for our models, kernels: {kernels}"
@@ -148,6 +153,7 @@ def _patch_entry(entry: patches.PatchState) -> dict[str, Any]:
     return {
         "name": entry.patch.name,
         "applied": entry.applied,
+        "when": entry.patch.when,
         "what": entry.patch.what,
         "why": entry.patch.why,
         "removal": entry.patch.removal,
@@ -193,7 +199,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{name}={value}" for name, value in report["environment"].items()]
     for patch in report["patches"]:
-        state = "applied" if patch["applied"] else "not applied"
+        later = patch["when"] == "served"
+        waiting = "applied once one of our models is served" if later else "not applied"
+        state = "applied" if patch["applied"] else waiting
         lines += ["", f"patch {patch['name']}: {state}", f"  {patch['what']}"]
         lines += [f"  {guard['state']}: {guard['target']}" for guard in patch["guards"]]
     lines += ["", "options: server name (request name) = default; allowed; meaning"]

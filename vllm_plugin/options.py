@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 REQUEST_PREFIX = "unmask_"
 SERVER_KEY = "unmask"
+# Where `extra_args` carries an admitted grammar to the sampler. Not an option: the
+# front end sets it after it has checked the request's own keys.
+GRAMMAR_KEY = "unmask grammar"
 
 
 def _option(default: Any, limits: Limits) -> Any:
@@ -114,6 +117,14 @@ class ServerOptions:
             "canvas layout: uniform schedules two blocks in every step, exact only "
             "in a step that commits",
             choices=("auto", "uniform", "exact"),
+        ),
+    )
+    grammar_guard: bool = _option(
+        True,
+        Limits(
+            "bool",
+            "complete a structured output before its tokens run out; without it "
+            "max_tokens may cut an output off",
         ),
     )
 

@@ -10,9 +10,10 @@ import importlib
 import logging
 import os
 import re
+from functools import partial
 
 from vllm_unmask import patches
-from vllm_unmask.families import CONFIG_HOOK, FAMILIES, Family
+from vllm_unmask.families import CONFIG_HOOK, FAMILIES, ON_SERVED, Family
 
 SUPPORTED_VLLM = ("0.32", "0.33")
 DISABLE = "UNMASK_DISABLE"
@@ -41,13 +42,15 @@ def register() -> None:
         logger.info("vllm-unmask is switched off by %s=1", DISABLE)
         return
     version = supported_version()
-    patches.apply_all(version, allow_untested=flag(ALLOW_UNTESTED))
+    untested = flag(ALLOW_UNTESTED)
+    patches.apply_all(version, allow_untested=untested)
     try:
         for family in FAMILIES:
             _register_family(family)
     except BaseException:
         patches.revert_all()
         raise
+    ON_SERVED.append(partial(patches.apply_served, version, allow_untested=untested))
     _registered = True
 
     from vllm_unmask import __version__

@@ -129,6 +129,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"logprobs_mode": "processed_logprobs"},
         ["--logprobs-mode", "not supported"],
     ),
+    "another grammar backend": (
+        {"structured_outputs_config": {"backend": "guidance"}},
+        ["--structured-outputs-config.backend guidance", "remove it"],
+    ),
     "prefill in one piece": (
         {"enable_chunked_prefill": False, "max_num_batched_tokens": 512},
         ["--no-enable-chunked-prefill", "remove it"],

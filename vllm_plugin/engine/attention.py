@@ -17,6 +17,8 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_unmask.engine import cpu_loops
+
 
 class RowPlan(NamedTuple):
     """How the queries of a batch are cut into rows."""
@@ -37,16 +39,8 @@ def plan_rows(num_scheduled: np.ndarray[Any, Any], block_length: int) -> RowPlan
         num_scheduled: int [requests], query length of each request.
         block_length: positions in a block.
     """
-    rows_per_request = -(-num_scheduled // block_length)
-    request = np.repeat(np.arange(len(num_scheduled)), rows_per_request)
-    first_row = np.cumsum(rows_per_request) - rows_per_request
-    index = np.arange(len(request)) - first_row[request]
-    end = np.minimum((index + 1) * block_length, num_scheduled[request])
-    query_start = np.zeros(len(request) + 1, dtype=np.int32)
-    np.cumsum(end - index * block_length, out=query_start[1:])
-    return RowPlan(
-        request, query_start, (num_scheduled[request] - end).astype(np.int32)
-    )
+    lengths = num_scheduled.astype(np.int32, copy=False)
+    return RowPlan(*cpu_loops.cut_rows(lengths, block_length))
 
 
 def build_block_causal_metadata(
@@ -64,7 +58,8 @@ def build_block_causal_metadata(
     """
     device = input_batch.seq_lens.device
     num_reqs = input_batch.num_reqs
-    plan = plan_rows(input_batch.num_scheduled_tokens[:num_reqs], block_length)
+    num_scheduled = input_batch.num_scheduled_tokens[:num_reqs]
+    plan = plan_rows(num_scheduled, block_length)
     request = async_tensor_h2d(plan.request, device=device, dtype=torch.int64)
     after = async_tensor_h2d(plan.after, device=device, dtype=torch.int32)
     query_start = torch.from_numpy(plan.query_start)
@@ -75,7 +70,7 @@ def build_block_causal_metadata(
         num_tokens=input_batch.num_tokens,
         query_start_loc_gpu=async_tensor_h2d(plan.query_start, device=device),
         query_start_loc_cpu=query_start,
-        max_query_len=int(np.diff(plan.query_start).max()),
+        max_query_len=min(block_length, int(num_scheduled.max())),
         seq_lens=input_batch.seq_lens[request] - after,
         max_seq_len=int(upper_bound.max()),
         block_tables=tuple(table[request] for table in block_tables),

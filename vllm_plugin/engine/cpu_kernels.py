@@ -13,13 +13,16 @@ Conventions shared by all of them:
 * vLLM's override drops the grid. One program runs per entry of
   `idx_mapping` (or per output row), so the batch size is read from shapes.
   `gather_block_tables` is the exception, see `register_cpu_kernels`.
-* They run in every engine step on a few dozen numbers, where one torch op
-  costs more than the work: integers go through zero-copy numpy views. Only
-  the kernels that scan the vocabulary use torch.
+* They run on a few dozen numbers, where one torch op costs more than the work:
+  integers go through zero-copy numpy views, and what runs in every engine step
+  through the compiled loops of `cpu_loops`. Only the kernels that scan the
+  vocabulary use torch.
 """
 
 import ctypes
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +31,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_unmask.engine import cpu_loops
+
 _INT32_BYTES = 4
 _GATHER_BLOCK_TABLES = "vllm.v1.worker.gpu.block_table._gather_block_tables_kernel"
+_LLVM_BINDING = "llvmlite.binding.ffi"
 # Bounds the float32 temporary of the log-softmax to 16 MiB.
 _MAX_CHUNK_ELEMENTS = 1 << 22
 
 Array = npt.NDArray[Any]
+# Stands for an absent array.
+_NONE = np.empty(0, dtype=np.int32)
 
 
 def _flat(tensor: torch.Tensor) -> Array:
@@ -166,17 +174,11 @@ def compute_slot_mappings(
     TRITON_BLOCK_SIZE: int,
 ) -> None:
     """Replace `block_table._compute_slot_mappings_kernel`."""
-    num_reqs = idx_mapping.shape[0]
-    bounds = query_start_loc.numpy()
-    first, last = int(bounds[0]), int(bounds[num_reqs])
-    requests = idx_mapping.numpy().astype(np.int64, copy=False)
-    positions = _flat(pos)[first:last]
-    token_requests = np.repeat(requests, _lengths(bounds, num_reqs))
-    num_table_rows = int(requests.max(initial=-1)) + 1
-    # None stands for "every token", the case of every step without dummies.
-    real = None if requests.min(initial=0) >= 0 else token_requests >= 0
-
+    requests = idx_mapping.numpy()
+    bounds = query_start_loc.numpy()[: len(requests) + 1]
+    positions = _flat(pos)
     slots = _flat(slot_mappings_ptr)
+    num_table_rows = int(requests.max(initial=-1)) + 1
     addresses = block_table_ptrs.tolist()
     strides = block_table_strides.tolist()
     sizes = block_sizes.tolist()
@@ -184,37 +186,24 @@ def compute_slot_mappings(
     sharded = dcp_sharded.tolist()
     for group, size in enumerate(sizes):
         base = group * slot_mappings_stride
-        # Attention may run over padded tokens: stale slots would be written.
-        slots[base + last : base + max_num_tokens] = PAD_ID
-        target = slots[base + first : base + last]
-        if not enabled[group] or num_table_rows == 0:
-            target[:] = PAD_ID
+        target = slots[base : base + max_num_tokens]
+        if not enabled[group]:
+            target[bounds[0] :] = PAD_ID
             continue
-
-        local, keep = positions, real
-        if CP_SIZE != 1 and sharded[group]:
-            # Ranks own interleaved chunks of a virtual block of CP_SIZE blocks.
-            virtual_size = size * CP_SIZE
-            virtual_block = positions // virtual_size
-            virtual_offset = positions - virtual_block * virtual_size
-            chunk = virtual_offset // CP_INTERLEAVE
-            mine = chunk % CP_SIZE == cp_rank
-            keep = mine if real is None else mine & real
-            local = (
-                virtual_block * size
-                + chunk // CP_SIZE * CP_INTERLEAVE
-                + virtual_offset % CP_INTERLEAVE
-            )
-
-        table = _int32_memory(addresses[group], num_table_rows * strides[group])
-        block = local // size
-        offset = local - block * size
-        entries = token_requests * strides[group] + block
-        if keep is None:
-            target[:] = table[entries] * np.int32(size) + offset
-        else:
-            target[:] = PAD_ID
-            target[keep] = table[entries[keep]] * np.int32(size) + offset[keep]
+        cpu_loops.slot_mappings(
+            requests,
+            bounds,
+            positions,
+            _int32_memory(addresses[group], num_table_rows * strides[group]),
+            strides[group],
+            size,
+            CP_SIZE != 1 and sharded[group],
+            cp_rank,
+            CP_SIZE,
+            CP_INTERLEAVE,
+            PAD_ID,
+            target,
+        )
 
 
 def prepare_prefill_inputs(
@@ -272,18 +261,13 @@ def prepare_pos_seq_lens(
     BLOCK_SIZE: int,
 ) -> None:
     """Replace `input_batch._prepare_pos_seq_lens_kernel`."""
-    requests = idx_mapping_ptr.numpy()
-    num_reqs = requests.shape[0]
-    bounds = query_start_loc_ptr.numpy()
-    lengths = _lengths(bounds, num_reqs)
-    computed = num_computed_tokens_ptr.numpy()[requests]
-    seq_lens = _flat(seq_lens_ptr)
-    seq_lens[:num_reqs] = computed + lengths
-    seq_lens[num_reqs:max_num_reqs] = 0
-    first, last = int(bounds[0]), int(bounds[num_reqs])
-    # Token t of a row starting at s has position computed + (t - s).
-    shift = np.repeat(computed - bounds[:num_reqs], lengths)
-    _flat(pos_ptr)[first:last] = np.arange(first, last) + shift
+    cpu_loops.pos_seq_lens(
+        idx_mapping_ptr.numpy(),
+        query_start_loc_ptr.numpy(),
+        num_computed_tokens_ptr.numpy(),
+        _flat(pos_ptr),
+        _flat(seq_lens_ptr)[:max_num_reqs],
+    )
 
 
 def combine_sampled_and_draft_tokens(
@@ -305,40 +289,19 @@ def combine_sampled_and_draft_tokens(
     The kernel's BLOCK_SIZE also caps the logits of a row; the launcher derives
     it from the widest possible row, so the cap never bites and is not applied.
     """
-    requests = idx_mapping_ptr.numpy()
-    num_reqs = requests.shape[0]
-    logit_bounds = cu_num_logits_ptr.numpy()
-    num_logits = _lengths(logit_bounds, num_reqs)
-    query_ends = query_start_loc_ptr.numpy()[1 : num_reqs + 1]
-    first, last = int(logit_bounds[0]), int(logit_bounds[num_reqs])
-    # The logits of a row are its last tokens: logit j sits j - logit_end before
-    # the end of the query.
-    shift = np.repeat(query_ends - logit_bounds[1 : num_reqs + 1], num_logits)
-    _flat(logits_indices_ptr)[first:last] = np.arange(first, last) + shift
-
-    seq_lens = seq_lens_ptr.numpy()[:num_reqs]
-    prefill_lens = prefill_len_ptr.numpy()[requests]
-    decoding = seq_lens > prefill_lens
-    input_ids = _flat(input_ids_ptr)
-    if NUM_NEW_SAMPLED_TOKENS > 0:
-        # A row that still holds prompt tokens keeps them.
-        fresh = np.flatnonzero(decoding & (seq_lens - num_logits >= prefill_lens))
-        last_sampled = _flat(last_sampled_tokens_ptr)[requests[fresh]]
-        input_ids[query_ends[fresh] - num_logits[fresh]] = last_sampled
-
-    num_drafts = num_logits - NUM_NEW_SAMPLED_TOKENS
-    drafting = np.flatnonzero(decoding & (num_drafts > 0))
-    if drafting.size == 0:
-        return
-    drafts = _flat(draft_tokens_ptr)
-    for request, end, count in zip(
-        requests[drafting].tolist(),
-        query_ends[drafting].tolist(),
-        num_drafts[drafting].tolist(),
-        strict=True,
-    ):
-        row = request * draft_tokens_stride
-        input_ids[end - count : end] = drafts[row : row + count]
+    cpu_loops.sampled_and_drafts(
+        _flat(input_ids_ptr),
+        idx_mapping_ptr.numpy(),
+        _flat(last_sampled_tokens_ptr),
+        query_start_loc_ptr.numpy(),
+        seq_lens_ptr.numpy(),
+        prefill_len_ptr.numpy(),
+        _flat(draft_tokens_ptr),
+        draft_tokens_stride,
+        cu_num_logits_ptr.numpy(),
+        _flat(logits_indices_ptr),
+        NUM_NEW_SAMPLED_TOKENS,
+    )
 
 
 def get_num_sampled_and_rejected(
@@ -377,40 +340,21 @@ def post_update(
     num_warps: int = 1,
 ) -> None:
     """Replace `input_batch._post_update_kernel`."""
-    requests = idx_mapping_ptr.numpy()
-    num_reqs = requests.shape[0]
-    num_sampled = num_sampled_ptr.numpy()[:num_reqs]
-    delta = -num_rejected_ptr.numpy()[:num_reqs]
-    if query_start_loc_ptr is not None:
-        delta += _lengths(query_start_loc_ptr.numpy(), num_reqs)
-
-    live = np.flatnonzero(requests >= 0)
-    num_computed_tokens_ptr.numpy()[requests[live]] += delta[live]
-
-    rows = live[num_sampled[live] > 0]
-    if rows.size == 0:
-        return
-    owners = requests[rows].astype(np.int64, copy=False)
-    counts = num_sampled[rows].astype(np.int64)
-    sampled = _flat(sampled_tokens_ptr)
-    total_lens = total_len_ptr.numpy()
-    old_lens = total_lens[owners]
-    first = rows * sampled_tokens_stride
-    _flat(last_sampled_tokens_ptr)[owners] = sampled[first + counts - 1]
-    total_lens[owners] += counts.astype(total_lens.dtype)
-
-    # One entry per sampled token: its rank within its row.
-    ends = counts.cumsum()
-    rank = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
-    tokens = sampled[np.repeat(first, counts) + rank]
-    starts = owners * all_token_ids_stride + old_lens
-    _flat(all_token_ids_ptr)[np.repeat(starts, counts) + rank] = tokens
-    if output_bin_counts_ptr is not None:
-        bins = np.repeat(owners * output_bin_counts_stride, counts) + tokens
-        bin_counts = _flat(output_bin_counts_ptr)
-        # A token sampled twice in one step must count twice. The addend has the
-        # dtype of the counts: a cast makes `add.at` ten times slower.
-        np.add.at(bin_counts, bins, bin_counts.dtype.type(1))
+    cpu_loops.post_update(
+        idx_mapping_ptr.numpy(),
+        num_computed_tokens_ptr.numpy(),
+        _flat(last_sampled_tokens_ptr),
+        _NONE if output_bin_counts_ptr is None else _flat(output_bin_counts_ptr),
+        output_bin_counts_stride,
+        _flat(sampled_tokens_ptr),
+        sampled_tokens_stride,
+        num_sampled_ptr.numpy(),
+        num_rejected_ptr.numpy(),
+        _NONE if query_start_loc_ptr is None else query_start_loc_ptr.numpy(),
+        _flat(all_token_ids_ptr),
+        all_token_ids_stride,
+        total_len_ptr.numpy(),
+    )
 
 
 def post_update_num_computed_tokens(
@@ -432,14 +376,12 @@ def expand_idx_mapping(
     BLOCK_SIZE: int,
 ) -> None:
     """Replace `input_batch._expand_idx_mapping_kernel`."""
-    requests = idx_mapping_ptr.numpy()
-    num_reqs = requests.shape[0]
-    bounds = cu_num_logits_ptr.numpy()
-    lengths = _lengths(bounds, num_reqs)
-    first, last = int(bounds[0]), int(bounds[num_reqs])
-    _flat(expanded_idx_mapping_ptr)[first:last] = np.repeat(requests, lengths)
-    starts = np.repeat(bounds[:num_reqs], lengths)
-    _flat(expanded_local_pos_ptr)[first:last] = np.arange(first, last) - starts
+    cpu_loops.expand_idx_mapping(
+        idx_mapping_ptr.numpy(),
+        _flat(expanded_idx_mapping_ptr),
+        _flat(expanded_local_pos_ptr),
+        cu_num_logits_ptr.numpy(),
+    )
 
 
 def apply_logit_bias(
@@ -614,6 +556,24 @@ CPU_KERNELS: dict[str, Callable[..., None]] = {
 }
 
 
+def _register(kernels: dict[str, Callable[..., None]]) -> None:
+    """Call vLLM's `register_kernels` without numba's binding to LLVM in its sight.
+
+    It looks for copies of the kernels in every attribute of every module, and that
+    module has an object that takes every name for the name of a C function.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    for name in kernels:
+        importlib.import_module(name.rpartition(".")[0])
+    hidden = sys.modules.pop(_LLVM_BINDING, None)
+    try:
+        register_kernels(kernels)
+    finally:
+        if hidden is not None:
+            sys.modules[_LLVM_BINDING] = hidden
+
+
 @functools.cache
 def register_cpu_kernels() -> None:
     """Make vLLM launch these implementations; a no-op where Triton works.
@@ -626,7 +586,7 @@ def register_cpu_kernels() -> None:
     if HAS_TRITON:
         return
 
-    from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
+    from vllm.triton_utils.dispatcher import KernelOverride
     from vllm.utils.math_utils import next_power_of_2
     from vllm.v1.worker.gpu import block_table
 
@@ -634,7 +594,7 @@ def register_cpu_kernels() -> None:
     if not hasattr(triton, "next_power_of_2"):
         triton.next_power_of_2 = next_power_of_2
 
-    register_kernels(CPU_KERNELS)
+    _register(CPU_KERNELS)
 
     class GridOverride(KernelOverride):
         """A kernel override that hands the launch grid on."""

@@ -37,6 +37,7 @@ class BlockLogprobs:
         num_fixed: torch.Tensor,
         rows: "DenoisingRows",
         num_logprobs: np.ndarray[Any, Any],
+        num_reqs: int,
     ) -> LogprobsTensors | None:
         """Note this step's positions; return every wanting request's block.
 
@@ -51,6 +52,8 @@ class BlockLogprobs:
             num_fixed: int64 [requests], leading prompt positions of the block.
             rows: which requests of the batch these are.
             num_logprobs: int32 [requests], vLLM's count or NO_LOGPROBS.
+            num_reqs: requests of the whole batch; vLLM looks up those that
+                prefill, too.
         """
         if (num_logprobs == NO_LOGPROBS).all():
             return None
@@ -73,7 +76,7 @@ class BlockLogprobs:
             blocks[int(rows.batch_index[row])] = LogprobsTensors(
                 *(field[shift] for field in block[:3])
             )
-        return _concatenate(blocks, int(rows.batch_index[-1]) + 1)
+        return _concatenate(blocks, num_reqs)
 
 
 def _overwrite(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ModelState of the block-causal diffusion families."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,11 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.engine.attention import build_block_causal_metadata
+from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
 from vllm_unmask.options import (
+    GRAMMAR_KEY,
     DecodingOptions,
     parse_request_options,
     server_options_from_dict,
@@ -34,6 +37,7 @@ class DenoisingRows(NamedTuple):
     slots_np: np.ndarray[Any, Any]  # int64 [requests] -> request slot
     slots: torch.Tensor  # int64 [requests] -> request slot
     width: torch.Tensor  # int64 [requests], positions of the active block, 0..L
+    num_open: torch.Tensor  # int64 [requests], rows whose KV this step leaves open
 
 
 class BlockDiffusionModelState(ModelState):
@@ -60,6 +64,8 @@ class BlockDiffusionModelState(ModelState):
             served["server"]
         ).decoding
         self.states = CanvasStates(self.max_num_reqs, self.geometry, device)
+        self.grammars = Grammars(vllm_config, self.geometry)
+        self.asynchronous = vllm_config.scheduler_config.async_scheduling
         self.denoising: DenoisingRows | None = None
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
@@ -72,13 +78,16 @@ class BlockDiffusionModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         params = new_req_data.sampling_params
+        extra_args = dict((params and params.extra_args) or {})
+        record = extra_args.pop(GRAMMAR_KEY, None)
         options = parse_request_options(
-            params.extra_args if params is not None else None,
-            self.default_options,
-            self.geometry.block_length,
+            extra_args, self.default_options, self.geometry.block_length
         )
-        assert new_req_data.prefill_token_ids is not None
-        self.states.add_request(req_index, new_req_data.prefill_token_ids, options)
+        token_ids = new_req_data.prefill_token_ids
+        assert token_ids is not None
+        self.states.add_request(req_index, token_ids, options)
+        num_prompt = len(new_req_data.prompt_token_ids or ())
+        self.grammars.add_request(req_index, record, token_ids, num_prompt)
 
     def apply_staged_writes(self) -> None:
         self.states.apply_staged_writes()
@@ -99,6 +108,7 @@ class BlockDiffusionModelState(ModelState):
     ) -> dict[str, Any]:
         """Write the canvases to ``input_ids`` and choose the logits rows.
 
+        A canvas follows the part of its prompt that the step computes, if any.
         Logits are computed for the active block alone: neither for a block that
         is complete nor for masks that nothing reads yet.
         """
@@ -109,30 +119,22 @@ class BlockDiffusionModelState(ModelState):
         length = self.geometry.block_length
         batch_index = np.flatnonzero(num_drafts)
         slots_np = input_batch.idx_mapping_np[batch_index]
-        slots = async_tensor_h2d(slots_np, device=self.device, dtype=torch.int64)
         query_len = input_batch.num_scheduled_tokens[batch_index]
-        query_start = input_batch.query_start_loc_np[batch_index]
-
-        local = np.arange(2 * length) < query_len[:, None]
-        source = np.flatnonzero(local)
-        target = (query_start[:, None] + np.arange(2 * length))[local]
-        ids = self.states.canvas.ids[slots].view(-1)
-        input_batch.input_ids[
-            async_tensor_h2d(target, device=self.device, dtype=torch.int64)
-        ] = ids[async_tensor_h2d(source, device=self.device, dtype=torch.int64)].to(
-            input_batch.input_ids.dtype
+        # With a step in flight, known tokens in front of the drafts say nothing:
+        # they may be the drafts of that step.
+        known = query_len - num_drafts[batch_index]
+        lead = np.zeros_like(known) if self.asynchronous else known // length * length
+        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
+        slots = to_device(slots_np)
+        width, num_open, input_batch.logits_indices = self.states.ops.write_inputs(
+            self.states.canvas,
+            slots,
+            to_device(input_batch.query_start_loc_np[batch_index]),
+            to_device(query_len),
+            to_device(lead),
+            input_batch.input_ids,
         )
-
-        offset = self.states.canvas.pending[slots] * length
-        lens = async_tensor_h2d(query_len, device=self.device, dtype=torch.int64)
-        start = async_tensor_h2d(query_start, device=self.device, dtype=torch.int64)
-        column = offset.unsqueeze(1) + torch.arange(length, device=self.device)
-        # A row past the query is never used (see width), but must be readable.
-        column = torch.minimum(column, lens.unsqueeze(1) - 1)
-        input_batch.logits_indices = (start.unsqueeze(1) + column).view(-1)
-        self.denoising = DenoisingRows(
-            batch_index, slots_np, slots, (lens - offset).clamp(0, length)
-        )
+        self.denoising = DenoisingRows(batch_index, slots_np, slots, width, num_open)
         return {}
 
     def prepare_attn(

@@ -2,7 +2,7 @@
 """The sampler: one denoising step for every request that denoises."""
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_unmask.decoding.bad_words import banned_tokens, conflicts
-from vllm_unmask.decoding.canvas import Canvas, Commit, active_ids, advance
-from vllm_unmask.decoding.denoise import accept
 from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores, score
+from vllm_unmask.engine.grammar import Grammars
+from vllm_unmask.engine.grammar_step import GrammarStep, Unmasked
 from vllm_unmask.engine.logprobs import BlockLogprobs
 
 if TYPE_CHECKING:
@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 
 # What vLLM's runner reads of a sampler that keeps no penalty counts.
 _NO_PENALTIES = SimpleNamespace(output_bin_counts=None)
+
+
+def _place(
+    values: torch.Tensor, index: np.ndarray[Any, Any], batch: torch.Tensor
+) -> torch.Tensor:
+    """``batch`` with ``values`` at ``index``, its rows of the denoising requests.
+
+    In most steps those are all, in order, and nothing is left of ``batch``.
+    """
+    values = values.to(batch.dtype)
+    if len(index) < len(batch):
+        rows = async_tensor_h2d(index, device=batch.device, dtype=torch.int64)
+        batch[rows] = values
+        return batch
+    return values
 
 
 class BlockDiffusionSampler:
@@ -53,6 +68,7 @@ class BlockDiffusionSampler:
         # Request slot -> token sequences that must not appear in its output.
         self.bad_words: dict[int, list[list[int]]] = {}
         self.logprobs = BlockLogprobs(base.logprobs_mode == "raw_logits")
+        self.grammars: Grammars = model_state.grammars
 
     def add_request(self, req_index: int, sampling_params: SamplingParams) -> None:
         self.sampling_states.add_request(req_index, sampling_params)
@@ -71,32 +87,27 @@ class BlockDiffusionSampler:
             self.has_staged_writes = False
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
-        length = self.geometry.block_length
         num_reqs = input_batch.num_reqs
-        device = logits.device
-        tokens = torch.zeros((num_reqs, length), dtype=torch.int64, device=device)
-        num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+        length = self.geometry.block_length
         # A prefill that ends inside a block goes back to the block's start: the
         # tail is forwarded again with the first canvas.
         num_rejected = (input_batch.seq_lens[:num_reqs] % length).to(torch.int32)
+        tokens = torch.zeros(
+            (num_reqs, length), dtype=torch.int64, device=logits.device
+        )
+        num_sampled = torch.zeros_like(num_rejected)
         num_nans = None
         logprobs = None
         rows = self.model_state.denoising
         if rows is not None:
-            index = async_tensor_h2d(rows.batch_index, device=device, dtype=torch.int64)
+            index = rows.batch_index
             if self.compute_nans:
-                per_request = logits.isnan().view(len(index), -1).sum(dim=1)
-                num_nans = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-                num_nans[index] = per_request.to(torch.int32)
-            commit, logprobs = self._denoise(logits, input_batch, rows)
-            query_len = async_tensor_h2d(
-                input_batch.num_scheduled_tokens[rows.batch_index],
-                device=device,
-                dtype=torch.int64,
-            )
-            tokens[index] = commit.tokens
-            num_sampled[index] = commit.num_tokens.to(torch.int32)
-            num_rejected[index] = (query_len - commit.advance).to(torch.int32)
+                nans = logits.isnan().view(len(index), -1).sum(dim=1)
+                num_nans = _place(nans, index, torch.zeros_like(num_rejected))
+            reported, num_reported, logprobs = self._denoise(logits, input_batch, rows)
+            tokens = _place(reported, index, tokens)
+            num_sampled = _place(num_reported, index, num_sampled)
+            num_rejected = _place(rows.num_open, index, num_rejected)
         return SamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=logprobs,
@@ -107,53 +118,66 @@ class BlockDiffusionSampler:
 
     def _denoise(
         self, logits: torch.Tensor, input_batch: InputBatch, rows: "DenoisingRows"
-    ) -> tuple[Commit, LogprobsTensors | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, LogprobsTensors | None]:
         """One denoising step of the active blocks: score, accept, write, commit.
 
         Args:
             logits: [requests * block, vocab], the active blocks' rows.
             input_batch: vLLM's batch.
             rows: which of its requests denoise.
+
+        Returns:
+            Reported tokens int64 [requests, block], left aligned, and their number
+            int64 [requests]; log-probabilities.
         """
-        length, mask_id = self.geometry
-        canvas = self.states.gather(rows.slots)
-        active = active_ids(canvas)
-        column = torch.arange(length, device=logits.device)
-        # A mask token in the prompt is the user's: it stays what prefill saw.
-        masked = (
-            (active == mask_id)
-            & (column >= canvas.num_fixed.unsqueeze(1))
-            & (column < rows.width.unsqueeze(1))
-        )
+        mask_id = self.geometry.mask_token_id
+        ops, canvas = self.states.ops, self.states.canvas
+        active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
 
         # MASK is never a prediction: a revealed mask would loop forever.
         logits[:, mask_id] = -torch.inf
         raw_logits = logits
         positions = input_batch.positions[input_batch.logits_indices]
         worded = not self.bad_words.keys().isdisjoint(rows.slots_np.tolist())
-        logits = self._apply_biases(logits, positions, rows, active, worded)
-        scores = self._score(logits, positions, canvas, rows)
-        accepted = accept(
-            scores,
+        members = self.grammars.members(rows.slots_np)
+        grammar = GrammarStep(self.grammars, members) if members else None
+        logits = self._apply_biases(logits, positions, rows, active, worded, grammar)
+        scores = self._score(logits, positions, rows)
+        accepted = ops.accept(
+            canvas,
+            self.states.strategy,
+            rows.slots,
+            rows.width,
             masked,
-            torch.minimum(canvas.num_masks, rows.width - canvas.num_fixed),
-            canvas.step,
-            self.states.strategy(rows.slots),
+            scores.confidence,
+            scores.order,
         )
         if worded:
             accepted = self._withdraw_bad_words(accepted, scores, active, rows)
-        active = torch.where(accepted, scores.tokens, active)
-        state, commit = advance(canvas, active, rows.width, mask_id)
-        self.states.scatter(rows.slots, state)
+        if grammar is None:
+            after = torch.where(accepted, scores.tokens, active)
+            step = Unmasked(after, scores.tokens, accepted, rows.width, [])
+        else:
+            temperature = self.sampling_states.temperature.np[rows.slots_np]
+            step = grammar.verify(active, scores, accepted, rows.width, temperature)
         logprobs = self.logprobs.collect(
             raw_logits,
-            scores.tokens,
-            accepted,
-            canvas.num_fixed,
+            step.tokens,
+            step.accepted,
+            canvas.num_fixed[rows.slots],
             rows,
             self.sampling_states.num_logprobs[rows.slots_np],
+            input_batch.num_reqs,
         )
-        return commit, logprobs
+        tokens, num_tokens = ops.close_blocks(
+            canvas, rows.slots, step.width, step.active, mask_id
+        )
+        for row in step.failed:
+            # The mask is never an output: the scheduler ends the request with an
+            # error when it meets one.
+            tokens[row, 0] = mask_id
+            num_tokens[row] = 1
+        return tokens, num_tokens, logprobs
 
     def _apply_biases(
         self,
@@ -162,10 +186,11 @@ class BlockDiffusionSampler:
         rows: "DenoisingRows",
         active: torch.Tensor,
         worded: bool,
+        grammar: GrammarStep | None,
     ) -> torch.Tensor:
-        """Logit bias, allowed token ids, min_tokens and bad words, in float32."""
+        """Logit bias, allowed tokens, min_tokens, bad words, grammar, in float32."""
         biased = self.logit_bias.use_logit_bias[rows.slots_np].any()
-        if not biased and not worded:
+        if not biased and not worded and grammar is None:
             return logits.float()
         # A copy: log-probabilities are reported from the model's own logits.
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
@@ -185,13 +210,14 @@ class BlockDiffusionSampler:
             logits = self.logit_bias.apply(logits, context)
         if worded:
             self._ban_bad_words(logits, active, rows)
+        if grammar is not None:
+            grammar.constrain(logits)
         return logits
 
     def _score(
         self,
         logits: torch.Tensor,
         positions: torch.Tensor,
-        canvas: Canvas,
         rows: "DenoisingRows",
     ) -> Scores:
         """Scores of the active blocks, each tensor [requests, block]."""
@@ -199,10 +225,15 @@ class BlockDiffusionSampler:
         params = self.sampling_states
         temperature = params.temperature.np[rows.slots_np]
         sampled = bool(temperature.any())
-        truncated = (temperature > 0) & (
-            (params.top_k.np[rows.slots_np] < params.vocab_size)
-            | (params.top_p.np[rows.slots_np] < 1)
-            | (params.min_p.np[rows.slots_np] > 0)
+        truncated = sampled and bool(
+            (
+                (temperature > 0)
+                & (
+                    (params.top_k.np[rows.slots_np] < params.vocab_size)
+                    | (params.top_p.np[rows.slots_np] < 1)
+                    | (params.min_p.np[rows.slots_np] > 0)
+                )
+            ).any()
         )
         orders_used = self.states.orders_used(rows.slots_np)
         plain = orders_used == {ORDERS.index("confidence")}
@@ -217,7 +248,7 @@ class BlockDiffusionSampler:
                 params.min_p.gpu[slots],
                 params.seeds.gpu[slots],
                 positions.to(torch.int64),
-                canvas.step.repeat_interleave(length),
+                self.states.canvas.step[slots],
             )
         flat = score(
             logits,
@@ -228,7 +259,7 @@ class BlockDiffusionSampler:
             else self.states.raw_confidence.gpu[slots],
             orders=None if slots is None else self.states.order.gpu[slots],
             orders_used=orders_used,
-            truncated=bool(truncated.any()),
+            truncated=truncated,
         )
         # A row in which everything is banned falls back to token 0. If that is the
         # mask, any other token will do: a revealed mask would never go away.

@@ -6,7 +6,8 @@ block-causal model, and all follow from one rule: *every query starts on the
 block grid*, at the first block whose KV is not final.
 
 1. Prefill is cut at block borders, and a prompt tail that does not fill a block
-   is forwarded again with the first canvas.
+   is forwarded again with the first canvas. With nothing in flight the step that
+   completes the prompt forwards that canvas too, behind the prompt.
 2. A canvas is scheduled whole or not at all: a cut one would be another mask
    pattern than the model was trained for. (The last block before
    ``max_model_len`` may be shorter; it is then shorter in every step.)
@@ -25,7 +26,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 
@@ -41,6 +42,7 @@ class BlockDiffusionScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         served = self.vllm_config.model_config.hf_config.unmask_served
         self.block_length: int = served["block_length"]
+        self.mask_token_id: int = served["mask_token_id"]
         self.uniform = served["server"]["layout"] == "uniform"
         # Routes every scheduling decision through _mamba_block_aligned_split,
         # vLLM's hook for queries that must end on a grid.
@@ -48,6 +50,8 @@ class BlockDiffusionScheduler(Scheduler):
         # Requests whose last reported block still awaits its final forward.
         self.pending: set[str] = set()
         self._cache_final_blocks_only()
+        # Request id -> canvas rows it has in the step, where its prompt has more.
+        self.rows_behind_prompt: dict[str, int] = {}
         # Request id -> rows it had in the step whose output is being processed.
         self.num_forwarded: dict[str, int] = {}
 
@@ -102,6 +106,37 @@ class BlockDiffusionScheduler(Scheduler):
                 request.spec_token_ids = [-1] * (2 * self.block_length - owed)
         return super().schedule(throttle_prefills)
 
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        self._open_first_blocks(scheduler_output)
+        super()._update_after_schedule(scheduler_output)
+
+    def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
+        """Append the first canvas to every query that completes a prompt.
+
+        As far as the step has room for it, and if the page that holds the end of
+        the prompt holds the block as well: a new page would have to be asked for
+        where running out of pages means preemption.
+        """
+        self.rows_behind_prompt = {}
+        room = (
+            self.max_num_scheduled_tokens - scheduler_output.total_num_scheduled_tokens
+        )
+        num_scheduled = scheduler_output.num_scheduled_tokens
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        for req_id in [req_id for req_id in num_scheduled if req_id not in drafts]:
+            request = self.requests[req_id]
+            known = request.num_computed_tokens + num_scheduled[req_id]
+            start = known // self.block_length * self.block_length
+            end = min(start + self.block_length, self.max_model_len)
+            fits = end - known <= room and known % self.block_size > 0
+            if known < request.num_tokens or not fits:
+                continue
+            room -= end - known
+            num_scheduled[req_id] += end - known
+            scheduler_output.total_num_scheduled_tokens += end - known
+            drafts[req_id] = [-1] * (end - known)
+            self.rows_behind_prompt[req_id] = end - start
+
     def _mamba_block_aligned_split(
         self,
         request: Request,
@@ -141,7 +176,9 @@ class BlockDiffusionScheduler(Scheduler):
         scheduler_output: SchedulerOutput,
         model_runner_output: ModelRunnerOutput,
     ) -> Any:
-        self.num_forwarded = scheduler_output.num_scheduled_tokens
+        self.num_forwarded = (
+            scheduler_output.num_scheduled_tokens | self.rows_behind_prompt
+        )
         sampled = model_runner_output.sampled_token_ids
         for req_id in scheduler_output.scheduled_spec_decode_tokens:
             request = self.requests.get(req_id)
@@ -154,6 +191,18 @@ class BlockDiffusionScheduler(Scheduler):
             else:
                 self.pending.discard(req_id)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        if new_token_ids and new_token_ids[0] == self.mask_token_id:
+            # The sampler's sign that this request cannot go on.
+            request.status = RequestStatus.FINISHED_ERROR
+            request.resumable = False
+            return [], True
+        return super()._update_request_with_output(
+            request, new_token_ids, *args, **kwargs
+        )
 
     def make_spec_decoding_stats(
         self,
@@ -183,7 +232,7 @@ class BlockDiffusionScheduler(Scheduler):
 
 
 class BlockDiffusionAsyncScheduler(BlockDiffusionScheduler, AsyncScheduler):
-    """Asynchronous scheduling: always the uniform layout."""
+    """Asynchronous scheduling: always the uniform layout, canvases by themselves."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -195,6 +244,10 @@ class BlockDiffusionAsyncScheduler(BlockDiffusionScheduler, AsyncScheduler):
                 '"auto"'
             )
         self.uniform = True
+
+    def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
+        # The next step is planned before this one says what became of the block.
+        return None
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:

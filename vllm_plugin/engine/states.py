@@ -8,10 +8,18 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
+from vllm_unmask.decoding import blocks
 from vllm_unmask.decoding.canvas import Canvas
 from vllm_unmask.decoding.denoise import NEVER, Strategy
 from vllm_unmask.decoding.scoring import ORDERS
 from vllm_unmask.options import DecodingOptions
+
+
+def _canvas_kernels() -> Any:
+    """The CPU implementation of ``decoding.blocks``; compiles when first imported."""
+    from vllm_unmask.kernels import canvas
+
+    return canvas
 
 
 class BlockGeometry(NamedTuple):
@@ -50,6 +58,8 @@ class CanvasStates:
         self.strict = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
         self.order = UvaBackedTensor(max_num_reqs, dtype=torch.int64)
         self.raw_confidence = UvaBackedTensor(max_num_reqs, dtype=torch.bool)
+        # What a denoising step does around the forward pass.
+        self.ops = _canvas_kernels() if device.type == "cpu" else blocks
 
     def add_request(
         self, slot: int, token_ids: list[int], options: DecodingOptions
@@ -94,18 +104,10 @@ class CanvasStates:
         """Canvas of the given slots, int64 [requests] -> slot."""
         return Canvas(*(field[slots] for field in self.canvas))
 
-    def scatter(self, slots: torch.Tensor, canvas: Canvas) -> None:
-        """Write ``canvas`` back to the given slots."""
-        for field, value in zip(self.canvas, canvas, strict=True):
-            field[slots] = value
-
-    def strategy(self, slots: torch.Tensor) -> Strategy:
-        """Acceptance rule of the given slots."""
-        return Strategy(
-            self.num_steps.gpu[slots],
-            self.threshold.gpu[slots],
-            self.strict.gpu[slots],
-        )
+    @property
+    def strategy(self) -> Strategy:
+        """Acceptance rule of every slot."""
+        return Strategy(self.num_steps.gpu, self.threshold.gpu, self.strict.gpu)
 
     def orders_used(self, slots: np.ndarray[Any, Any]) -> frozenset[int]:
         """The order indices that occur among the slots (host side)."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model families: one file each, listed here without importing them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -23,3 +24,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 CONFIG_HOOK = "vllm_unmask.families.config_hook:BlockDiffusionConfigHook"
+
+# Called when one of our models is configured: in the front end, and before anything
+# of vLLM's that serves it exists. Registration puts the patches here.
+ON_SERVED: list[Callable[[], None]] = []

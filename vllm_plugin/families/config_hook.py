@@ -3,6 +3,7 @@
 
 import math
 
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
@@ -10,6 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_unmask.families import ON_SERVED
 from vllm_unmask.limits import refused
 from vllm_unmask.options import (
     ServerOptions,
@@ -22,6 +24,7 @@ logger = init_logger("vllm.vllm_unmask.families.config_hook")
 
 MAX_BLOCK_LENGTH = 256
 SCHEDULER = "vllm_unmask.engine.scheduler.create_scheduler"
+EXECUTOR = "vllm_unmask.engine.executor.OneCallExecutor"
 
 
 class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
@@ -48,12 +51,26 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
+            "counters": _counters(vllm_config),
         }
         # Draft tokens of a step: at most the block and the next one.
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * block_length)
         _set_page_size(vllm_config, block_length)
         _set_scheduler(vllm_config, block_length)
+        _set_executor(vllm_config)
         vllm_config.attention_config.use_non_causal = True
+        for prepare in ON_SERVED:
+            prepare()
+
+
+def _counters(vllm_config: VllmConfig) -> str:
+    """The workers' counters: the front end's, also in a config made from its own."""
+    from vllm_unmask.engine.metrics import create_counters
+
+    served = getattr(vllm_config.model_config.hf_config, "unmask_served", None)
+    if served is not None:
+        return served["counters"]
+    return create_counters(vllm_config.parallel_config.data_parallel_size)
 
 
 def _block_length(vllm_config: VllmConfig, options: ServerOptions) -> int:
@@ -132,6 +149,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         # Their metadata buffers hold --max-num-seqs rows; a block-causal batch has
         # a row for every block.
         flags[f"--attention-backend {backend.name}"] = True
+    # Grammars are XGrammar's: another backend would read another dialect.
+    grammar_backend = vllm_config.structured_outputs_config.backend
+    if grammar_backend not in ("auto", "xgrammar"):
+        flags[f"--structured-outputs-config.backend {grammar_backend}"] = True
     for flag, given in flags.items():
         if given:
             raise ValueError(
@@ -178,3 +199,19 @@ def _set_scheduler(vllm_config: VllmConfig, block_length: int) -> None:
             scheduler.max_num_seqs * 2 * block_length,
             scheduler.max_num_batched_tokens,
         )
+
+
+def _set_executor(vllm_config: VllmConfig) -> None:
+    """Where scheduling is synchronous, ask the workers once a step.
+
+    That is on the CPU. Worker processes are vLLM's default there, which it sets
+    later; with the engine in one process, or an executor of the user's, nothing is
+    changed.
+    """
+    parallel = vllm_config.parallel_config
+    processes = parallel.distributed_executor_backend == "mp" or (
+        parallel.distributed_executor_backend == "uni"
+        and envs.VLLM_ENABLE_V1_MULTIPROCESSING
+    )
+    if processes and current_platform.is_cpu():
+        parallel.distributed_executor_backend = EXECUTOR

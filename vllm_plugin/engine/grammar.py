@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grammar state of the request slots that have one."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from vllm_unmask.engine.metrics import Counters
+from vllm_unmask.engine.states import BlockGeometry
+from vllm_unmask.grammar.loading import CompiledSpec, GrammarLoader, LoadedGrammar
+from vllm_unmask.grammar.state import GrammarState
+from vllm_unmask.grammar.vocabulary import Vocabulary
+
+logger = init_logger("vllm.vllm_unmask.engine.grammar")
+
+# Legal tokens of the frontier among which the look-ahead chooses.
+NUM_CANDIDATES = 8
+
+
+class GrammarRequest:
+    """A request with a grammar, and where its open block stands in its output."""
+
+    def __init__(
+        self,
+        loading: "Future[LoadedGrammar]",
+        record: Mapping[str, Any],
+        num_fixed: int,
+        output_ids: list[int],
+    ) -> None:
+        self.loading = loading
+        self.record = record
+        self.output_ids = output_ids
+        self.state: GrammarState | None = None
+        # Columns of the open block that are prompt or, after a preemption, output
+        # that was reported before; output index of the column after them.
+        self.num_fixed = num_fixed
+        self.first = len(output_ids)
+        self.failed = False
+        self.closed = False  # by the guard, and counted
+        self.nanoseconds = 0  # grammar work of this step so far
+
+    @property
+    def frontier(self) -> int:
+        """Column of the open block that is verified next, 0 after the output's end."""
+        assert self.state is not None
+        return max(self.num_fixed + self.state.num_verified - self.first, 0)
+
+
+class Grammars:
+    """Grammar state of every request slot that has one.
+
+    A grammar is compiled in a thread when its first request arrives; until then
+    its requests sit out their denoising steps, and nobody else waits.
+
+    Args:
+        vllm_config: of the worker.
+        geometry: the model's blocks.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, geometry: BlockGeometry) -> None:
+        self.geometry = geometry
+        self.model_config = vllm_config.model_config
+        served = self.model_config.hf_config.unmask_served
+        self.vocab_size: int = served["vocab_size"]
+        self.guard: bool = served["server"]["grammar_guard"]
+        # Ranks must agree on who takes part in a step.
+        self.wait = vllm_config.parallel_config.world_size > 1
+        self.counters = Counters(
+            served["counters"], vllm_config.parallel_config.data_parallel_rank
+        )
+        self.requests: dict[int, GrammarRequest] = {}
+        self.vocabulary: Vocabulary | None = None
+        self._silent_ids: torch.Tensor | None = None
+        self._loader: GrammarLoader | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unmask-grammar")
+
+    def add_request(
+        self,
+        slot: int,
+        record: Mapping[str, Any] | None,
+        token_ids: list[int],
+        num_prompt: int,
+    ) -> None:
+        """Take over a slot.
+
+        Args:
+            slot: the request slot.
+            record: what the front end admitted, None without a grammar.
+            token_ids: prompt, and after a preemption the output so far.
+            num_prompt: tokens of the prompt.
+        """
+        self.requests.pop(slot, None)
+        if record is None:
+            return
+        loading = self._thread.submit(self._load, record)
+        if self.wait:
+            loading.exception()
+        num_fixed = len(token_ids) % self.geometry.block_length
+        output_ids = token_ids[num_prompt:]
+        self.requests[slot] = GrammarRequest(loading, record, num_fixed, output_ids)
+
+    def _load(self, record: Mapping[str, Any]) -> LoadedGrammar:
+        if self._loader is None:
+            self.vocabulary = Vocabulary.from_huggingface(
+                cached_tokenizer_from_config(self.model_config),
+                self.vocab_size,
+                self.geometry.mask_token_id,
+                record["vocabulary_stop_ids"],
+            )
+            self._loader = GrammarLoader(self.vocabulary)
+        return self._loader.load(CompiledSpec.from_payload(record["grammar"]))
+
+    def members(self, slots: np.ndarray[Any, Any]) -> list[tuple[int, GrammarRequest]]:
+        """Rows of those of ``slots`` that have a grammar, and their requests.
+
+        Args:
+            slots: int64 [requests] -> request slot, the denoising requests.
+        """
+        if not self.requests:
+            return []
+        members = [
+            (row, self.requests[slot])
+            for row, slot in enumerate(slots.tolist())
+            if slot in self.requests
+        ]
+        for _, request in members:
+            if request.state is None and not request.failed:
+                self._start(request)
+        return members
+
+    def silent_ids(self, device: torch.device) -> torch.Tensor:
+        """int64: tokens without text, legal at no place but a frontier."""
+        if self._silent_ids is None:
+            assert self.vocabulary is not None
+            vocabulary = self.vocabulary
+            silent = [vocabulary.mask_id, *vocabulary.special_ids, *vocabulary.stop_ids]
+            self._silent_ids = torch.tensor(sorted(set(silent)), device=device)
+        return self._silent_ids
+
+    def _start(self, request: GrammarRequest) -> None:
+        if not request.loading.done():
+            return
+        try:
+            grammar = request.loading.result()
+            request.state = GrammarState(
+                grammar.compiled,
+                grammar.vocabulary,
+                grammar.closer if self.guard else None,
+                max_tokens=request.record["max_tokens"],
+                stop_ids=request.record["stop_ids"],
+                verified=request.output_ids,
+            )
+        except Exception:
+            self.fail(request)
+
+    def fail(self, request: GrammarRequest) -> None:
+        """Log the exception that ends a request; what it has reported was verified."""
+        logger.exception("A grammar failed; its request ends.")
+        request.failed, request.state = True, None
+        self.counters.add("grammar_failures", 1)

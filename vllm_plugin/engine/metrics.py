@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of the workers, read where Prometheus asks for them.
+
+Workers are other processes than the one that serves ``/metrics``, and what they
+return to it has no room for a plugin's numbers. So every worker adds to a row of a
+small file that the front end maps.
+"""
+
+import os
+import tempfile
+import weakref
+from bisect import bisect_left
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+# Name -> what it counts.
+COUNTERS = {
+    "grammar_tokens_remasked": "Tentative tokens that a grammar masked again.",
+    "grammar_tokens_forced": "Tokens that a grammar's guard wrote.",
+    "grammar_guard_closures": "Structured outputs that the guard had to complete.",
+    "grammar_lookaheads": "Frontier tokens chosen for the sake of those after them.",
+    "grammar_failures": "Requests ended by a fault inside their grammar.",
+}
+# Upper bounds of grammar work, microseconds a request and step.
+BUCKETS = (10, 20, 50, 100, 150, 250, 500, 1000, 2500, 5000, 10000)
+_STEP = "grammar_step_microseconds"
+# A row: counters | observations per bucket, the last without bound | their sum.
+_COLUMNS = len(COUNTERS) + len(BUCKETS) + 2
+
+
+class Counters:
+    """A worker's row.
+
+    Args:
+        path: the file.
+        row: which row is this worker's alone.
+    """
+
+    def __init__(self, path: str, row: int) -> None:
+        self._row = np.memmap(path, np.float64, "r+").reshape(-1, _COLUMNS)[row]
+        self._columns = {name: column for column, name in enumerate(COUNTERS)}
+
+    def add(self, name: str, amount: int) -> None:
+        """Count."""
+        if amount:
+            self._row[self._columns[name]] += amount
+
+    def observe_step(self, microseconds: float) -> None:
+        """Grammar work of one request in one step."""
+        self._row[len(COUNTERS) + bisect_left(BUCKETS, microseconds)] += 1
+        self._row[-1] += microseconds
+
+
+class _Collector:
+    """All workers of all engines of this process, summed."""
+
+    def __init__(self) -> None:
+        self.files: list[np.memmap[Any, Any]] = []
+
+    def collect(self) -> Iterator[Metric]:
+        total = np.zeros(_COLUMNS)
+        for values in self.files:
+            total += values.sum(axis=0)
+        for name, value in zip(COUNTERS, total, strict=False):
+            yield CounterMetricFamily(f"vllm:unmask_{name}", COUNTERS[name], value)
+        counts = np.cumsum(total[len(COUNTERS) : -1])
+        bounds = [*map(str, BUCKETS), "+Inf"]
+        yield HistogramMetricFamily(
+            f"vllm:unmask_{_STEP}",
+            "Grammar work a request and step, in microseconds.",
+            buckets=list(zip(bounds, counts.tolist(), strict=True)),
+            sum_value=float(total[-1]),
+        )
+
+
+_collector = _Collector()
+
+
+def create_counters(num_workers: int) -> str:
+    """Make the file of an engine's workers and expose it; returns its path.
+
+    The file lives as long as this process.
+
+    Args:
+        num_workers: workers that count, each in a row of its own.
+    """
+    handle, path = tempfile.mkstemp(prefix="vllm-unmask-", suffix=".counters")
+    os.close(handle)
+    weakref.finalize(_collector, Path(path).unlink, missing_ok=True)
+    values = np.memmap(path, np.float64, "w+", shape=(num_workers, _COLUMNS))
+    if not _collector.files:
+        REGISTRY.register(_collector)
+    _collector.files.append(values)
+    return path
