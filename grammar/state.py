@@ -13,7 +13,7 @@ verified tokens alone, so replaying them restores the state, in mid-closure too.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +78,10 @@ class GrammarState:
         self._mask_id = vocabulary.mask_id
         stops = vocabulary.stop_ids if stop_ids is None else stop_ids
         self._stop_ids = [token for token in stops if not self._tokens[token]]
-        self._silent_ids = {vocabulary.mask_id, *vocabulary.stop_ids, *self._stop_ids}
+        self._stop_bits = _bits(self._stop_ids)
+        self._silent_bits = _bits(
+            {vocabulary.mask_id, *vocabulary.stop_ids, *self._stop_ids}
+        )
         # What fills a block after the end of its output.
         self._filler = (*self._stop_ids, *vocabulary.stop_ids)[0]
         self._matcher = xgrammar.GrammarMatcher(compiled)
@@ -114,11 +117,11 @@ class GrammarState:
         words.fill(0)
         if self.status == Status.RUNNING:
             self._matcher.fill_next_token_bitmask(row[None])
-        for token in self._silent_ids:
-            words[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
+        for word, bits in self._silent_bits.items():
+            words[word] &= ~bits
         if self.status != Status.RUNNING or self._matcher.is_completed():
-            for token in self._stop_ids:
-                words[token >> 5] |= np.uint32(1 << (token & 31))
+            for word, bits in self._stop_bits.items():
+                words[word] |= bits
 
     def step(
         self,
@@ -320,3 +323,13 @@ class GrammarState:
         self.status = Status.CLOSED
         self.num_verified += 1
         return self._filler
+
+
+def _bits(tokens: Iterable[int]) -> dict[int, np.uint32]:
+    """Words of a bitmask in which only these tokens' bits are set."""
+    bits: dict[int, np.uint32] = {}
+    for token in tokens:
+        bits[token >> 5] = bits.get(token >> 5, np.uint32(0)) | np.uint32(
+            1 << (token & 31)
+        )
+    return bits
