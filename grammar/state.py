@@ -13,6 +13,7 @@ verified tokens alone, so replaying them restores the state, in mid-closure too.
 """
 
 import enum
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ import xgrammar
 from vllm_unmask.grammar.closing import Closer
 from vllm_unmask.grammar.parsing import Parse
 from vllm_unmask.grammar.vocabulary import Vocabulary
+
+# Half of a surrogate pair, and what lies beyond Unicode: bytes that xgrammar takes for
+# a character, and that decode to replacement characters.
+_NO_CHARACTER = re.compile(rb"\xed[\xa0-\xbf]|\xf4[\x90-\xbf]")
 
 
 class Status(enum.IntEnum):
@@ -92,6 +97,7 @@ class GrammarState:
         # proves that one fits, so that it need not be spelled out.
         self._witness: tuple[int, ...] | None = None
         self._stalled = False
+        self._lead = b""  # last byte of the output
         if closer and not self._fits(self._parse, max_tokens):
             raise ValueError(f"no complete output fits into {max_tokens=}")
         for token in verified:
@@ -267,6 +273,8 @@ class GrammarState:
             self.status = Status.STOPPED
             self.num_verified += 1
             return True
+        if _NO_CHARACTER.search(self._lead + text):
+            return False
         if not self._matcher.accept_token(token):
             return False
         if self._closer is not None:
@@ -275,6 +283,7 @@ class GrammarState:
                 self._matcher.rollback(1)
                 return False
             self._parse = parse
+        self._lead = text[-1:]
         self.num_verified += 1
         return True
 

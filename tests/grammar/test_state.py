@@ -462,3 +462,31 @@ def test_results_are_counted() -> None:
     assert result.results[-1].num_verified == len(result.tokens) + stopped
     assert sum(each.num_forced for each in result.results) > 0
     assert any(each.remasked for each in result.results)
+
+
+@pytest.mark.parametrize("surrogate", ["\ud800", "\udfff"])
+def test_half_of_a_surrogate_pair_is_never_taken(surrogate: str) -> None:
+    """In one token, or with its bytes in several."""
+    data = surrogate.encode(errors="surrogatepass")
+    vocabulary = Vocabulary.from_tokens(
+        [b"<m>", b"", *(bytes([i]) for i in range(256)), data, b'"' + data[:1]], 0, (1,)
+    )
+    constraint = Constraint(vocabulary, from_schema({"type": "string"}))
+    quote, whole, split = 2 + ord('"'), 258, 259
+
+    def step(start: list[int], token: int) -> int:
+        state = constraint.state(20, verified=start)
+        block = np.array([*start, MASK])
+        result = state.step(
+            block,
+            0,
+            np.array([*start, token]),
+            np.array([False] * len(start) + [True]),
+            np.array([token, 2 + 0x80, quote]),
+            False,
+        )
+        return int(result.block[-1])
+
+    assert step([quote], whole) != whole
+    assert step([split], 2 + data[1]) == 2 + 0x80
+    assert step([quote], 2 + 0xED) == 2 + 0xED
