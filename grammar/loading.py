@@ -87,9 +87,6 @@ class GrammarLoader:
 
     def __init__(self, vocabulary: Vocabulary, cache_bytes: int = 256 << 20) -> None:
         self._vocabulary = vocabulary
-        # xgrammar's own cache shares masks between equal rules of a grammar, but
-        # would keep every grammar a second time: it is emptied after each.
-        self._compilers: dict[Vocabulary, xgrammar.GrammarCompiler] = {}
         self._cache_bytes = cache_bytes
         self._num_bytes = 0
         self._lock = threading.Lock()
@@ -113,7 +110,9 @@ class GrammarLoader:
         if waits:
             return future.result()
         vocabulary = self._vocabulary.of(compiled.spec.kind)
-        compiler = self._compiler(vocabulary)
+        # One of its own: its cache shares masks between equal rules of a grammar,
+        # but would keep every grammar a second time.
+        compiler = xgrammar.GrammarCompiler(vocabulary.info, max_threads=1)
         try:
             grammar = compile_spec(compiler, compiled.spec)
             loaded = LoadedGrammar(grammar, Closer(grammar, vocabulary), vocabulary)
@@ -122,20 +121,11 @@ class GrammarLoader:
                 del self._grammars[key]
             future.set_exception(error)
             raise
-        finally:
-            compiler.clear_cache()
         with self._lock:
             future.set_result(loaded)
             self._num_bytes += grammar.memory_size_bytes
             self._evict()
         return loaded
-
-    def _compiler(self, vocabulary: Vocabulary) -> xgrammar.GrammarCompiler:
-        with self._lock:
-            if vocabulary not in self._compilers:
-                compiler = xgrammar.GrammarCompiler(vocabulary.info, max_threads=1)
-                self._compilers[vocabulary] = compiler
-            return self._compilers[vocabulary]
 
     def _evict(self) -> None:
         """Drop the oldest grammars that are ready, except for the newest of them."""

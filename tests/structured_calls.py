@@ -135,14 +135,15 @@ def chat_with_slow_compiler(
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """``chat``, and when each request was finished, in seconds.
 
-    The worker takes ``seconds`` to compile.
+    The worker takes ``seconds`` for a grammar that says "slow".
     """
     from vllm_unmask.engine import grammar
 
     load = grammar.Grammars._load
 
     def slow(self: Any, record: Any) -> Any:
-        time.sleep(seconds)
+        if b"slow" in record["grammar"]:
+            time.sleep(seconds)
         return load(self, record)
 
     ends: dict[str, float] = {}
@@ -166,6 +167,11 @@ def chat_with_slow_compiler(
 
 def _number(request_id: str) -> int:
     return int(request_id.split("-")[0])
+
+
+def num_grammars(llm: Any) -> int:
+    """Requests whose grammar the worker still holds."""
+    return len(engine_calls.model_runner(llm).model_state.grammars.requests)
 
 
 def metrics(llm: Any) -> dict[str, float]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every structured output of a thousand real schemas is valid and complete.
 
-Takes about an hour; ``make conformance`` runs it. `structured_sweep` says what is
+Takes about half an hour; ``make conformance`` runs it. `structured_sweep` says what is
 checked, and which keywords xgrammar relaxes.
 """
 

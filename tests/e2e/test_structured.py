@@ -223,11 +223,19 @@ def test_a_fault_ends_its_request_alone(engine: EngineProcess) -> None:
 
 def test_nobody_waits_for_a_slow_compilation(engine: EngineProcess) -> None:
     unseen = {"json": {"type": "object", "properties": {"slow": {"type": "null"}}}}
-    params = [{"structured_outputs": unseen}, PLAIN, PLAIN]
+    params = [{"structured_outputs": unseen}, PLAIN, JSON]
     answers, ends = engine.run(calls.chat_with_slow_compiler, PROMPTS[:3], params, 3.0)
     assert valid(answers[0]["text"], unseen["json"])
     assert ends[0] > 3
+    # Neither a plain request nor one with another grammar.
     assert max(ends[1:]) < 2.5
+
+
+def test_nothing_is_left_of_a_request(engine: EngineProcess) -> None:
+    engine.run(calls.chat, PROMPTS, JSON)
+    # Whatever has ended is removed at the beginning of the next step.
+    engine.run(calls.chat, PROMPTS[:1], PLAIN)
+    assert engine.run(calls.num_grammars) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grammar state of the request slots that have one."""
 
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,8 +20,8 @@ from vllm_unmask.grammar.vocabulary import Vocabulary
 
 logger = init_logger("vllm.vllm_unmask.engine.grammar")
 
-# Legal tokens of the frontier among which the look-ahead chooses.
-NUM_CANDIDATES = 8
+# Grammars that are compiled at a time, so that a slow one keeps back no other.
+NUM_COMPILERS = 4
 
 
 class GrammarRequest:
@@ -28,11 +29,13 @@ class GrammarRequest:
 
     def __init__(
         self,
+        req_id: str,
         loading: "Future[LoadedGrammar]",
         record: Mapping[str, Any],
         num_fixed: int,
         output_ids: list[int],
     ) -> None:
+        self.req_id = req_id
         self.loading = loading
         self.record = record
         self.output_ids = output_ids
@@ -71,18 +74,21 @@ class Grammars:
         self.guard: bool = served["server"]["grammar_guard"]
         # Ranks must agree on who takes part in a step.
         self.wait = vllm_config.parallel_config.world_size > 1
-        self.counters = Counters(
-            served["counters"], vllm_config.parallel_config.data_parallel_rank
-        )
+        self._loading = threading.Lock()
+        parallel = vllm_config.parallel_config
+        # All ranks of an engine take the same steps: the first one counts.
+        row = parallel.data_parallel_rank if parallel.rank == 0 else None
+        self.counters = Counters(served["counters"], row)
         self.requests: dict[int, GrammarRequest] = {}
         self.vocabulary: Vocabulary | None = None
         self._silent_ids: torch.Tensor | None = None
         self._loader: GrammarLoader | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="unmask-grammar")
+        self._threads = ThreadPoolExecutor(NUM_COMPILERS, "unmask-grammar")
 
     def add_request(
         self,
         slot: int,
+        req_id: str,
         record: Mapping[str, Any] | None,
         token_ids: list[int],
         num_prompt: int,
@@ -91,6 +97,7 @@ class Grammars:
 
         Args:
             slot: the request slot.
+            req_id: vLLM's name of the request.
             record: what the front end admitted, None without a grammar.
             token_ids: prompt, and after a preemption the output so far.
             num_prompt: tokens of the prompt.
@@ -98,22 +105,32 @@ class Grammars:
         self.requests.pop(slot, None)
         if record is None:
             return
-        loading = self._thread.submit(self._load, record)
+        loading = self._threads.submit(self._load, record)
         if self.wait:
             loading.exception()
         num_fixed = len(token_ids) % self.geometry.block_length
         output_ids = token_ids[num_prompt:]
-        self.requests[slot] = GrammarRequest(loading, record, num_fixed, output_ids)
+        self.requests[slot] = GrammarRequest(
+            req_id, loading, record, num_fixed, output_ids
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a request, so that steps without grammars are what they were."""
+        for slot, request in self.requests.items():
+            if request.req_id == req_id:
+                del self.requests[slot]
+                return
 
     def _load(self, record: Mapping[str, Any]) -> LoadedGrammar:
-        if self._loader is None:
-            self.vocabulary = Vocabulary.from_huggingface(
-                cached_tokenizer_from_config(self.model_config),
-                self.vocab_size,
-                self.geometry.mask_token_id,
-                record["vocabulary_stop_ids"],
-            )
-            self._loader = GrammarLoader(self.vocabulary)
+        with self._loading:
+            if self._loader is None:
+                self.vocabulary = Vocabulary.from_huggingface(
+                    cached_tokenizer_from_config(self.model_config),
+                    self.vocab_size,
+                    self.geometry.mask_token_id,
+                    record["vocabulary_stop_ids"],
+                )
+                self._loader = GrammarLoader(self.vocabulary)
         return self._loader.load(CompiledSpec.from_payload(record["grammar"]))
 
     def members(self, slots: np.ndarray[Any, Any]) -> list[tuple[int, GrammarRequest]]:

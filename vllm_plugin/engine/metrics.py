@@ -42,13 +42,16 @@ class Counters:
 
     Args:
         path: the file.
-        row: which row is this worker's alone.
+        row: which row is this worker's alone, None for a worker that does not count.
     """
 
-    def __init__(self, path: str, row: int) -> None:
-        values = np.memmap(path, np.float64, "r+").reshape(-1, _COLUMNS)
-        # As a plain array: one of the file costs microseconds more an access.
-        self._row = values[row].view(np.ndarray)
+    def __init__(self, path: str, row: int | None) -> None:
+        self._row = np.zeros(_COLUMNS)
+        # The front end of a worker on another machine has its file there.
+        if row is not None and Path(path).exists():
+            values = np.memmap(path, np.float64, "r+").reshape(-1, _COLUMNS)
+            # As a plain array: one of the file costs microseconds more an access.
+            self._row = values[row].view(np.ndarray)
         self._columns = {name: column for column, name in enumerate(COUNTERS)}
 
     def add(self, name: str, amount: int) -> None:

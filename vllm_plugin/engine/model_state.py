@@ -87,7 +87,12 @@ class BlockDiffusionModelState(ModelState):
         assert token_ids is not None
         self.states.add_request(req_index, token_ids, options)
         num_prompt = len(new_req_data.prompt_token_ids or ())
-        self.grammars.add_request(req_index, record, token_ids, num_prompt)
+        self.grammars.add_request(
+            req_index, new_req_data.req_id, record, token_ids, num_prompt
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        self.grammars.remove_request(req_id)
 
     def apply_staged_writes(self) -> None:
         self.states.apply_staged_writes()
