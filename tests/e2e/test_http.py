@@ -4,6 +4,7 @@
 import inspect
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,22 +216,27 @@ def test_seed_decides_alone_and_in_company(server: Server) -> None:
     alone = [sample(seed) for seed in range(3)]
     assert [sample(seed) for seed in range(3)] == alone
     assert len(set(map(tuple, alone))) == 3
-    with ThreadPoolExecutor(8) as pool:
-        neighbours = [
-            pool.submit(
-                complete,
+    done = threading.Event()
+
+    def keep_busy(start: int) -> None:
+        while not done.is_set():
+            complete(
                 server,
-                ALIGNED[i:],
+                ALIGNED[start:],
                 temperature=1,
                 max_tokens=450,
                 vllm_xargs=STATIC,
             )
-            for i in range(8)
-        ]
-        eventually(lambda: server.metric("vllm:num_requests_running"), 8)
-        in_company = [sample(seed) for seed in range(3)]
-        # Otherwise this would have shown nothing.
-        assert not any(neighbour.done() for neighbour in neighbours)
+
+    with ThreadPoolExecutor(8) as pool:
+        neighbours = [pool.submit(keep_busy, i) for i in range(8)]
+        try:
+            eventually(lambda: server.metric("vllm:num_requests_running"), 8)
+            in_company = [sample(seed) for seed in range(3)]
+        finally:
+            done.set()
+    for neighbour in neighbours:
+        neighbour.result()
     assert in_company == alone
 
 
