@@ -9,7 +9,9 @@ import numba
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def compiled(signature: str, others: bool = False) -> Callable[[_F], _F]:
+def compiled(
+    signature: str, others: bool = False, fastmath: set[str] | None = None
+) -> Callable[[_F], _F]:
     """Compile a function for one signature when its module is imported.
 
     The machine code is kept next to the source, or where numba keeps it if that
@@ -18,10 +20,12 @@ def compiled(signature: str, others: bool = False) -> Callable[[_F], _F]:
     Args:
         signature: numba's notation.
         others: compile for other types when they are met, instead of a TypeError.
+        fastmath: LLVM's names of what the function's floats never are.
     """
 
     def decorate(function: _F) -> _F:
         options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+        options["fastmath"] = fastmath or False
         try:
             kernel = numba.njit(cache=True, **options)(function)
         except RuntimeError:

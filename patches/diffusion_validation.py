@@ -4,14 +4,19 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_unmask.limits import refused
 from vllm_unmask.options import (
+    REQUEST_PREFIX,
     SERVER_KEY,
+    DecodingOptions,
     OptionError,
     parse_request_options,
+    require_filter,
     server_options_from_dict,
 )
 from vllm_unmask.patches import Guard, Patch, Replacement
 from vllm_unmask.patches.served import served_record
+from vllm_unmask.seeds import PINNED_KEY, SEED_KEY, Seeds, parse_seeds
 
 # Parameters that change nothing at these values and are not honoured at others.
 _NEUTRAL_ONLY: Mapping[str, tuple[Any, str]] = {
@@ -25,6 +30,15 @@ _NEUTRAL_ONLY: Mapping[str, tuple[Any, str]] = {
     "trace_decode_token_ids": (None, "unset"),
 }
 _VLLM_PREFIX = "diffusion_"
+# Filler, why not, and parameters that it does not go with.
+_NOT_TOGETHER = (
+    (
+        "lookahead",
+        "unmasks tokens whose place in the output is not open yet",
+        ("bad_words", "logit_bias", "allowed_token_ids", "min_tokens"),
+    ),
+    ("edit", "replaces tokens that were checked when unmasked", ("bad_words",)),
+)
 
 
 def _build(original: Callable[..., None]) -> Callable[..., None]:
@@ -53,6 +67,8 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
             )
     extra_args = params.extra_args or {}
     for key, value in extra_args.items():
+        if key in (SEED_KEY, PINNED_KEY):
+            continue
         if isinstance(key, str) and key.startswith(_VLLM_PREFIX):
             _refuse(
                 f"{key} is not supported for this model: its request options start "
@@ -62,10 +78,52 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
             )
     server = server_options_from_dict(record["server"])
     try:
-        parse_request_options(extra_args, server.decoding, record["block_length"])
+        options = parse_request_options(
+            extra_args, server.decoding, record["block_length"]
+        )
+        require_filter(options, record["filter"], REQUEST_PREFIX)
+        seeds = parse_seeds(
+            extra_args,
+            record["vocab_size"],
+            record["mask_token_id"],
+            params.max_tokens,
+        )
+        _require_compatible(params, options, seeds)
     except OptionError as error:
         _refuse(str(error), error.parameter, error.value)
     _validate_mask_token(params, record["mask_token_id"])
+
+
+def _require_compatible(
+    params: Any, options: DecodingOptions, seeds: Seeds | None
+) -> None:
+    """Check what is allowed by itself and not together.
+
+    Raises:
+        OptionError: names both.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    strategy = f"{REQUEST_PREFIX}strategy"
+    for filler, reason, names in _NOT_TOGETHER:
+        for name in names:
+            if filler in options.fillers and getattr(params, name):
+                instead = f"another strategy, or no {name}"
+                raise refused(strategy, options.strategy, instead, reason)
+    if options.trace:
+        if params.n > 1:
+            raise refused(f"{REQUEST_PREFIX}trace", True, "n=1", f"with n={params.n}")
+        if params.output_kind == RequestOutputKind.DELTA:
+            raise refused(
+                f"{REQUEST_PREFIX}trace", True, "stream=false", "with a streamed answer"
+            )
+    if seeds is None and options.doubt is not None:
+        raise refused(
+            f"{REQUEST_PREFIX}doubt",
+            options.doubt,
+            f"a {SEED_KEY} to doubt",
+            "has no effect",
+        )
 
 
 def _validate_mask_token(params: Any, mask_token_id: int) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_unmask.options import GRAMMAR_KEY
 from vllm_unmask.patches import Guard, Patch, Replacement
 from vllm_unmask.patches.served import is_ours, served_record
+from vllm_unmask.seeds import PINNED_KEY, moved_seeds, pinned_positions
 
 if TYPE_CHECKING:
     from vllm_unmask.grammar.loading import CompiledSpec
@@ -199,8 +200,19 @@ def _build_process(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        extra_args = moved_seeds(getattr(params, "extra_args", None))
+        if extra_args and is_ours(self.model_config):
+            params = params.clone()
+            params.extra_args = extra_args
         if not _asks_for_grammar(self.model_config, params):
             return original(self, request_id, prompt, params, *args, **kwargs)
+        if (pinned := pinned_positions(params.extra_args)) is not None:
+            _refuse(
+                f"{PINNED_KEY}={pinned!r} with a structured output, whose grammar "
+                "decides every token: expected seeds that are not pinned",
+                PINNED_KEY,
+                pinned,
+            )
         admission = _admission(self)
         with _refusals():
             # Behind AsyncLLM this finds what `add_request` has waited for.
@@ -264,9 +276,10 @@ PATCH = Patch(
     name="structured_outputs",
     when="served",
     what="admits response_format, structured_outputs and tool choices for our models, "
-    "compiles their grammars, and hands them to our sampler",
+    "compiles their grammars, and hands them to our sampler; takes seeds of any length "
+    "past vLLM's check",
     why="vLLM refuses every structured output of a diffusion model, and its own path "
-    "constrains tokens from left to right",
+    "constrains tokens from left to right; it allows a seed of exactly one canvas",
     removal="vLLM has a hook for constraints that a model enforces by itself",
     replacements=(
         Replacement(_VALIDATE, _build_validate),

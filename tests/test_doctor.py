@@ -43,9 +43,10 @@ def test_options_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> 
     assert table["threshold"] == {
         "server": "threshold",
         "request": "unmask_threshold",
-        "default": 0.9,
+        "default": "0.9 (threshold, klass, local_leap, hierarchy), 0.8 (cad), "
+        "0.95 (dimple), 0.96 (learned)",
         "allowed": "a number from 0.0 to 1.0",
-        "only_with": "strategy=threshold",
+        "only_with": "threshold, klass, local_leap, hierarchy, cad, dimple, learned",
         "doc": server_limits()["threshold"].doc,
     }
     assert table["block_length"]["request"] is None
@@ -63,6 +64,8 @@ def test_text_says_what_json_says(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"patch {patch['name']}: applied{later}\n" in text
     for option in found["options"]:
         assert f"  {option['server']} " in text
+    for strategy in found["strategies"]:
+        assert f"  {strategy['name']} (" in text
     assert text.endswith("nothing required is missing\n")
 
 

@@ -16,12 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "registration": {"families", "patches", "options", "limits"},
     "families": {"engine", "options", "limits"},
-    "engine": {"decoding", "grammar", "kernels", "options", "limits"},
+    "engine": {"decoding", "grammar", "kernels", "options", "seeds", "limits"},
     "decoding": {"kernels"},
     "grammar": set(),
     "kernels": set(),
-    "patches": {"grammar", "options", "limits"},
-    "options": {"limits"},
+    "patches": {"grammar", "options", "seeds", "limits"},
+    "options": {"request_options", "presets", "limits"},
+    "request_options": {"presets", "limits"},
+    "presets": set(),
+    "seeds": {"limits"},
     "limits": set(),
 }
 # The faces of the package may use all of it.

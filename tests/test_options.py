@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Server options and request options."""
 
+import inspect
 import json
 import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import option_tables
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from vllm_unmask.options import (
     decoding_limits,
     parse_request_options,
     parse_server_options,
+    require_filter,
     require_steps_fit,
     server_limits,
     server_options_from_dict,
@@ -61,8 +64,9 @@ def test_request_options(extra_args: Any, expected: dict[str, Any]) -> None:
         ("unmask-steps", 4, "unmask_steps (nearest match)"),
         ("UNMASK_STEPS", 4, "unmask_steps (nearest match)"),
         ("unmask_zzz", 4, "expected one of unmask_strategy"),
-        ("unmask_strategy", "treshold", "did you mean 'threshold'?"),
-        ("unmask_strategy", 1, "one of static, threshold"),
+        ("unmask_strategy", 1, "names joined by '+', of static, threshold"),
+        ("unmask_step_sizes", "cosin", "did you mean 'cosine'?"),
+        ("unmask_trace", 2, "true or false"),
         ("unmask_steps", 0, "at least 1"),
         ("unmask_steps", 9, "from 1 to 8"),
         ("unmask_steps", 4.0, "got float"),
@@ -98,6 +102,21 @@ def test_bad_request_option(key: str, value: Any, expected: str) -> None:
     ("defaults", "extra_args", "refused"),
     [
         (STATIC, {"unmask_threshold": 0.5}, "unmask_threshold"),
+        (STATIC, {"unmask_radius": 2}, "unmask_radius"),
+        (
+            DEFAULTS,
+            {"unmask_strategy": "static+remdm", "unmask_remask_rate": 0.5},
+            "unmask_remask_rate",
+        ),
+        (
+            DEFAULTS,
+            {
+                "unmask_strategy": "static",
+                "unmask_step_sizes": "ascending",
+                "unmask_steps": 2,
+            },
+            "unmask_steps",
+        ),
         (STATIC, {"unmask_strict": 1}, "unmask_strict"),
         (DEFAULTS, {"unmask_strategy": "static", "unmask_threshold": 0.9}, None),
         (
@@ -114,7 +133,7 @@ def test_bad_request_option(key: str, value: Any, expected: str) -> None:
 def test_option_without_effect_is_refused(
     defaults: DecodingOptions, extra_args: dict[str, Any], refused: str | None
 ) -> None:
-    with pytest.raises(OptionError, match="has no effect with strategy=static") as e:
+    with pytest.raises(OptionError, match="has no effect with strategy=stati") as e:
         parse_request_options(extra_args, defaults, 8)
     assert e.value.parameter == (refused or "unmask_threshold")
 
@@ -190,8 +209,9 @@ def test_bad_server_option(given: Any, parameter: str, expected: str) -> None:
             DecodingOptions,
             strategy=st.sampled_from(["static", "threshold"]),
             steps=st.none() | st.integers(1, 64),
-            threshold=st.floats(0, 1),
-            strict=st.booleans(),
+            threshold=st.none() | st.floats(0, 1),
+            strict=st.none() | st.booleans(),
+            trace=st.booleans(),
         ),
         block_length=st.none() | st.integers(1, 64),
         layout=st.sampled_from(["auto", "uniform", "exact"]),
@@ -202,30 +222,66 @@ def test_round_trip_through_json(options: ServerOptions) -> None:
     assert server_options_from_dict(json.loads(text)) == options
 
 
+def test_a_request_that_names_a_strategy_starts_from_its_defaults() -> None:
+    server = DecodingOptions(strategy="threshold", threshold=0.4, steps=2, trace=True)
+    kept = parse_request_options({"unmask_strict": False}, server, 8)
+    assert (kept.value("threshold"), kept.steps, kept.trace) == (0.4, 2, True)
+    named = parse_request_options({"unmask_strategy": "threshold"}, server, 8)
+    assert (named.value("threshold"), named.steps, named.trace) == (0.9, None, True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "value"),
+    [
+        ("threshold", "threshold", 0.9),
+        ("sdar", "threshold", 0.85),
+        ("credit+sdar", "threshold", 0.85),
+        ("credit+sdar", "credit_weight", 0.7),
+        ("cad", "threshold", 0.8),
+        ("static", "threshold", None),
+        ("dream_entropy", "order", "entropy"),
+        ("static", "order", "confidence"),
+        ("static", "steps", None),
+    ],
+)
+def test_value_is_what_follows(strategy: str, name: str, value: Any) -> None:
+    assert DecodingOptions(strategy=strategy).value(name) == value
+    if value is not None and name != "steps":
+        given = {"threshold": 0.25, "credit_weight": 0.25, "order": "margin"}[name]
+        options = DecodingOptions(strategy=strategy, **{name: given})
+        assert options.value(name) == given
+
+
+def test_learned_needs_its_filter() -> None:
+    require_filter(DecodingOptions(strategy="learned"), "a path")
+    require_filter(DecodingOptions(), None)
+    with pytest.raises(OptionError, match="does not have: expected a filter"):
+        require_filter(DecodingOptions(strategy="credit+learned"), None)
+
+
 def test_one_table_of_options() -> None:
-    """Every field has limits and every default is within them."""
+    """Every field has limits and every default of a strategy is within them."""
     assert list(decoding_limits()) == [f.name for f in fields(DecodingOptions)]
     assert set(server_limits()) == {
         *decoding_limits(),
         *(f.name for f in fields(ServerOptions) if f.name != "decoding"),
     }
-    given = {name: getattr(DEFAULTS, name) for name in decoding_limits()}
-    assert parse_server_options({"unmask": given}) == ServerOptions()
+    arguments = set(inspect.signature(sampling_params).parameters)
+    assert arguments == {*decoding_limits(), "kwargs"}
 
 
-def test_readme_has_this_table() -> None:
-    readme = Path(__file__).parent.parent / "README.md"
-    defaults = server_options_to_dict(ServerOptions())
-    defaults |= defaults.pop("decoding")
-    rows = []
-    for name, limits in server_limits().items():
-        request = f"`unmask_{name}`" if name in decoding_limits() else ""
-        condition = f"; only with {limits.condition}" if limits.condition else ""
-        rows.append(
-            f"| `{name}` | {request} | `{json.dumps(defaults[name])}` | "
-            f"{limits.allowed} | {limits.doc}{condition} |\n"
-        )
-    assert "".join(rows) in readme.read_text()
+@pytest.mark.parametrize(
+    ("file", "table"),
+    [
+        ("README.md", option_tables.server_options),
+        ("vllm_plugin/decoding/README.md", option_tables.request_options),
+        ("vllm_plugin/decoding/README.md", option_tables.strategies),
+        ("vllm_plugin/decoding/README.md", option_tables.presets),
+    ],
+)
+def test_documentation_has_these_tables(file: str, table: Any) -> None:
+    """`python tests/option_tables.py` prints them."""
+    assert "".join(table()) in (Path(__file__).parent.parent / file).read_text()
 
 
 def test_sampling_params() -> None:

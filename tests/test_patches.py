@@ -259,6 +259,7 @@ OURS = SimpleNamespace(
             "block_length": 8,
             "mask_token_id": 3,
             "vocab_size": 100,
+            "filter": None,
         }
     ),
 )

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_unmask import __version__, options, patches, registration
+from vllm_unmask import __version__, options, patches, presets, registration
 from vllm_unmask.families import FAMILIES
+from vllm_unmask.request_options import default_text
 
 _GROUP = "vllm.general_plugins"
 NOT_INSTALLED = (
@@ -51,6 +52,7 @@ def collect() -> dict[str, Any]:
             {"architecture": family.architecture, "model_type": family.model_type}
             for family in FAMILIES
         ],
+        "strategies": _strategies(),
         "options": _option_table(),
     }
     missing: list[str] = [] if report["entry_point"] else [NOT_INSTALLED]
@@ -169,19 +171,30 @@ def _patch_entry(entry: patches.PatchState) -> dict[str, Any]:
 
 
 def _option_table() -> list[dict[str, Any]]:
-    defaults = options.server_options_to_dict(options.ServerOptions())
-    defaults |= defaults.pop("decoding")
+    own = options.server_options_to_dict(options.ServerOptions())
     of_request = options.decoding_limits()
     return [
         {
             "server": name,
             "request": options.REQUEST_PREFIX + name if name in of_request else None,
-            "default": defaults[name],
+            "default": default_text(name)
+            if name in of_request
+            else json.dumps(own[name]),
             "allowed": limits.allowed,
             "only_with": limits.condition or None,
             "doc": limits.doc,
         }
         for name, limits in options.server_limits().items()
+    ]
+
+
+def _strategies() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "slot": filler.slot, "doc": filler.doc}
+        for name, filler in presets.FILLERS.items()
+    ] + [
+        {"name": name, "slot": None, "doc": f"{preset.doc}: {preset.strategy}"}
+        for name, preset in presets.PRESETS.items()
     ]
 
 
@@ -204,12 +217,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
         state = "applied" if patch["applied"] else waiting
         lines += ["", f"patch {patch['name']}: {state}", f"  {patch['what']}"]
         lines += [f"  {guard['state']}: {guard['target']}" for guard in patch["guards"]]
+    lines += ["", "strategies: what a slot may hold; presets"]
+    lines += [
+        f"  {entry['name']} ({entry['slot'] or 'preset'}): {entry['doc']}"
+        for entry in report["strategies"]
+    ]
     lines += ["", "options: server name (request name) = default; allowed; meaning"]
     for option in report["options"]:
         request = f" ({option['request']})" if option["request"] else ""
         condition = f" [{option['only_with']}]" if option["only_with"] else ""
         lines.append(
-            f"  {option['server']}{request} = {json.dumps(option['default'])}; "
+            f"  {option['server']}{request} = {option['default']}; "
             f"{option['allowed']}{condition}; {option['doc']}"
         )
     lines.append("")

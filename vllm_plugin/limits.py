@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     effect is refused, not ignored.
     """
 
-    kind: Literal["choice", "int", "float", "bool"]
+    kind: Literal["choice", "int", "float", "bool", "strategy", "path"]
     doc: str
     choices: tuple[str, ...] = ()
     low: float | None = None
@@ -58,6 +58,10 @@ class Limits(NamedTuple):
             return "one of " + ", ".join(self.choices)
         if self.kind == "bool":
             return "true or false (1 or 0)"
+        if self.kind == "path":
+            return "a path"
+        if self.kind == "strategy":
+            return "names of strategies joined by '+'"
         noun = "an integer" if self.kind == "int" else "a number"
         if self.high is None:
             return f"{noun}, at least {self.low}"
@@ -103,6 +107,10 @@ def check_value(parameter: str, value: Any, limits: Limits) -> Any:
     if limits.kind == "bool":
         if isinstance(value, int) and value in (0, 1):
             return bool(value)
+        raise _refusal(parameter, value, limits)
+    if limits.kind == "path":
+        if isinstance(value, str) and value:
+            return value
         raise _refusal(parameter, value, limits)
     accepted = (int,) if limits.kind == "int" else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted):

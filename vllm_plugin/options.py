@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Server options and request options: what they are, their limits, their errors.
+"""Server options, and reading both kinds of options from what users write.
 
-The metadata of the dataclass fields is the only list of options. The parsers
-check against it, `doctor` prints it, and the README's table is made from it.
 Imports neither torch nor vLLM.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_unmask.limits import (
@@ -17,6 +15,9 @@ from vllm_unmask.limits import (
     unknown_option,
 )
 from vllm_unmask.limits import OptionError as OptionError
+from vllm_unmask.presets import StrategyError, allowed, compose
+from vllm_unmask.request_options import DecodingOptions as DecodingOptions
+from vllm_unmask.request_options import option
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -28,75 +29,8 @@ SERVER_KEY = "unmask"
 GRAMMAR_KEY = "unmask grammar"
 
 
-def _option(default: Any, limits: Limits) -> Any:
-    return field(default=default, metadata={"limits": limits})
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """What a request, or the server's default, asks of decoding."""
-
-    strategy: str = _option(
-        "threshold",
-        Limits(
-            "choice",
-            "static: the schedule alone; threshold: also every position that is "
-            "sure enough",
-            choices=("static", "threshold"),
-        ),
-    )
-    steps: int | None = _option(
-        None,
-        Limits(
-            "int",
-            "denoising steps over which the schedule spreads a block, at most the "
-            "block length; unset: the block length, one position a step",
-            low=1,
-            optional=True,
-        ),
-    )
-    threshold: float = _option(
-        0.9,
-        Limits(
-            "float",
-            "confidence from which a position is revealed",
-            low=0.0,
-            high=1.0,
-            applies=lambda options: options.strategy == "threshold",
-            condition="strategy=threshold",
-        ),
-    )
-    strict: bool = _option(
-        True,
-        Limits(
-            "bool",
-            "reveal when the confidence is above the threshold (true) or also when "
-            "it equals it (false)",
-            applies=lambda options: options.strategy == "threshold",
-            condition="strategy=threshold",
-        ),
-    )
-    order: str = _option(
-        "confidence",
-        Limits(
-            "choice",
-            "which masked position the schedule reveals first",
-            choices=("confidence", "margin", "entropy", "random"),
-        ),
-    )
-    confidence_from: str = _option(
-        "transformed",
-        Limits(
-            "choice",
-            "distribution that confidence is read from: after temperature, top-k, "
-            "top-p and min-p, or the raw softmax",
-            choices=("transformed", "raw"),
-            applies=lambda options: (
-                options.strategy == "threshold" or options.order != "random"
-            ),
-            condition="strategy=threshold or an order other than random",
-        ),
-    )
+# What a request that names a strategy keeps of the server's options.
+_KEPT = ("trace",)
 
 
 @dataclass(frozen=True)
@@ -104,13 +38,13 @@ class ServerOptions:
     """What the server was started with."""
 
     decoding: DecodingOptions = DecodingOptions()
-    block_length: int | None = _option(
+    block_length: int | None = option(
         None, Limits("int", "overrides the checkpoint's", low=1, optional=True)
     )
-    mask_token_id: int | None = _option(
+    mask_token_id: int | None = option(
         None, Limits("int", "overrides the checkpoint's", low=0, optional=True)
     )
-    layout: str = _option(
+    layout: str = option(
         "auto",
         Limits(
             "choice",
@@ -119,7 +53,16 @@ class ServerOptions:
             choices=("auto", "uniform", "exact"),
         ),
     )
-    grammar_guard: bool = _option(
+    filter: str | None = option(
+        None,
+        Limits(
+            "path",
+            "safetensors file of the filter that the strategy learned asks; unset: "
+            "unmask/filter.safetensors beside the checkpoint, if it is there",
+            optional=True,
+        ),
+    )
+    grammar_guard: bool = option(
         True,
         Limits(
             "bool",
@@ -154,10 +97,14 @@ def _decoding(
     """Check `given` (names without prefix) and lay it over `defaults`."""
     limits = decoding_limits()
     checked = {
-        name: check_value(prefix + name, value, limits[name])
+        name: _checked(prefix + name, value, limits[name])
         for name, value in given.items()
     }
-    options = DecodingOptions(**(asdict(defaults) | checked))
+    base = asdict(defaults)
+    if "strategy" in checked:
+        # The server's options were made for the server's strategy.
+        base = {name: base[name] for name in _KEPT}
+    options = DecodingOptions(**(base | checked))
     if strategy_known:
         for name, value in given.items():
             applies = limits[name].applies
@@ -165,29 +112,63 @@ def _decoding(
                 raise refused(
                     prefix + name,
                     value,
-                    limits[name].condition,
+                    f"it only beside {limits[name].condition}",
                     f"has no effect with strategy={options.strategy}, "
-                    f"order={options.order}",
+                    f"order={options.value('order')}, "
+                    f"step_sizes={options.value('step_sizes')}",
                 )
     if block_length is not None:
         require_steps_fit(options, block_length, prefix)
     return options
 
 
+def _checked(parameter: str, value: Any, limits: Limits) -> Any:
+    if limits.kind != "strategy":
+        return check_value(parameter, value, limits)
+    if not isinstance(value, str):
+        raise refused(parameter, value, allowed())
+    try:
+        compose(value)
+    except StrategyError as error:
+        raise refused(parameter, value, allowed(), str(error)) from None
+    return value
+
+
 def require_steps_fit(
     options: DecodingOptions, block_length: int, prefix: str = ""
 ) -> None:
-    """Check that a block has at least as many positions as denoising steps.
+    """Check that a block has at least as many positions as steps, and as a part.
 
     Raises:
-        OptionError: `options.steps` is larger than `block_length`.
+        OptionError: `steps` or `sub_block_length` is larger than `block_length`.
 
     """
-    if options.steps is not None and options.steps > block_length:
+    for name in ("steps", "sub_block_length"):
+        value = getattr(options, name)
+        if value is not None and value > block_length:
+            raise refused(
+                prefix + name,
+                value,
+                f"an integer from 1 to {block_length}, the block length",
+            )
+
+
+def require_filter(
+    options: DecodingOptions, path: str | None, prefix: str = ""
+) -> None:
+    """Check that the strategy `learned` has its filter.
+
+    Raises:
+        OptionError: it has none.
+
+    """
+    if "learned" in options.fillers and path is None:
         raise refused(
-            prefix + "steps",
-            options.steps,
-            f"an integer from 1 to {block_length}, the block length",
+            prefix + "strategy",
+            options.strategy,
+            "a filter: the server option `filter`, or unmask/filter.safetensors beside "
+            "the checkpoint (see the README on training one)",
+            "asks a trained filter, which this server does not have",
         )
 
 
@@ -206,6 +187,17 @@ def parse_request_options(
 
     """
     return _decoding(_own(extra_args), defaults, REQUEST_PREFIX, block_length)
+
+
+def admitted_options(
+    extra_args: Mapping[str, Any] | None,
+    defaults: DecodingOptions,
+    block_length: int,
+) -> DecodingOptions:
+    """The options of a request that the front end has checked and added to."""
+    given = dict(extra_args or {})
+    given.pop(GRAMMAR_KEY, None)
+    return parse_request_options(given, defaults, block_length)
 
 
 def _own(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -272,19 +264,51 @@ def server_options_from_dict(data: Mapping[str, Any]) -> ServerOptions:
 
 def sampling_params(
     *,
-    strategy: Literal["static", "threshold"] | None = None,
+    strategy: str | None = None,
     steps: int | None = None,
-    threshold: float | None = None,
-    strict: bool | None = None,
+    step_sizes: Literal["linear", "cosine", "ascending"] | None = None,
     order: Literal["confidence", "margin", "entropy", "random"] | None = None,
     confidence_from: Literal["transformed", "raw"] | None = None,
+    threshold: float | None = None,
+    strict: bool | None = None,
+    relaxed_threshold: float | None = None,
+    radius: int | None = None,
+    low_threshold: float | None = None,
+    high_threshold: float | None = None,
+    factor: float | None = None,
+    entropy_bound: float | None = None,
+    whole_entropy: bool | None = None,
+    kl_threshold: float | None = None,
+    kl_history: int | None = None,
+    max_reveals: int | None = None,
+    end_gate: float | None = None,
+    expand: float | None = None,
+    warm_up: int | None = None,
+    credit_weight: float | None = None,
+    credit_power: float | None = None,
+    credit_decay: float | None = None,
+    end_floor: float | None = None,
+    sub_block_length: int | None = None,
+    delimiter: Literal["newline", "comma", "period"] | None = None,
+    delimiter_threshold: float | None = None,
+    gap_high: float | None = None,
+    gap_low: float | None = None,
+    gap_shape: Literal["linear", "cosine", "exponential"] | None = None,
+    gap_agreement: bool | None = None,
+    edit_threshold: float | None = None,
+    post_steps: int | None = None,
+    remask: Literal["cap", "rescale", "conf"] | None = None,
+    remask_rate: float | None = None,
+    ahead_threshold: float | None = None,
+    doubt: float | None = None,
+    trace: bool | None = None,
     **kwargs: Any,
 ) -> "SamplingParams":
     """Build vLLM's `SamplingParams` with this plugin's request options.
 
     Args:
-        strategy, steps, threshold, strict, order, confidence_from: as in
-            `DecodingOptions`; None leaves the server's default.
+        strategy, steps, ..., trace: as in `DecodingOptions`; None leaves the server's
+            default.
         **kwargs: everything else `SamplingParams` takes, `extra_args` included.
 
     Raises:
@@ -293,13 +317,13 @@ def sampling_params(
             the block length) is checked when the request is sent.
 
     """
+    arguments = locals()
     from vllm import SamplingParams
 
-    named = (strategy, steps, threshold, strict, order, confidence_from)
     given = {
-        REQUEST_PREFIX + name: value
-        for name, value in zip(decoding_limits(), named, strict=True)
-        if value is not None
+        REQUEST_PREFIX + name: arguments[name]
+        for name in decoding_limits()
+        if arguments[name] is not None
     }
     extra_args = dict(kwargs.pop("extra_args", None) or {})
     for key in given.keys() & extra_args.keys():

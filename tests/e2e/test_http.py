@@ -649,11 +649,11 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "threshold null": (unmask(threshold=None), ["unmask_threshold", "valid number"]),
     "threshold unused": (
         unmask(strategy="static", threshold=0.5),
-        ["unmask_threshold=0.5", "no effect", "expected strategy=threshold"],
+        ["unmask_threshold=0.5", "no effect", "only beside threshold"],
     ),
     "strict unused": (
         unmask(strategy="static", strict=False),
-        ["unmask_strict=0", "no effect", "expected strategy=threshold"],
+        ["unmask_strict=0", "no effect", "only beside threshold, local_leap"],
     ),
     "strict type": (unmask(strict=2), ["unmask_strict=2", "true or false"]),
     "steps zero": (unmask(steps=0), ["unmask_steps=0", "at least 1"]),

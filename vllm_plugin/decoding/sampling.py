@@ -20,6 +20,7 @@ _MIX2 = _signed(0x94D049BB133111EB)
 
 CANDIDATE_STREAM = 0
 ORDER_STREAM = 1
+REMASK_STREAM = 2
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -45,6 +45,7 @@ class GrammarRequest:
         self.num_fixed = num_fixed
         self.first = len(output_ids)
         self.failed = False
+        self.num_forced = 0  # columns that the guard wrote in the last step
         self.closed = False  # by the guard, and counted
         self.nanoseconds = 0  # grammar work of this step so far
 
@@ -159,6 +160,19 @@ class Grammars:
             silent = [vocabulary.mask_id, *vocabulary.special_ids, *vocabulary.stop_ids]
             self._silent_ids = torch.tensor(sorted(set(silent)), device=device)
         return self._silent_ids
+
+    def silence(self, logits: torch.Tensor, slots: np.ndarray[Any, Any]) -> None:
+        """Ban, in place, what is legal at a frontier alone.
+
+        Args:
+            logits: float32 [requests * block, vocab], blocks without a frontier.
+            slots: int64 [requests] -> request slot.
+        """
+        rows = [row for row, slot in enumerate(slots.tolist()) if slot in self.requests]
+        if rows and self.vocabulary is not None:
+            blocks = logits.view(len(slots), -1, logits.shape[1])
+            index = torch.tensor(rows, device=logits.device).unsqueeze(1)
+            blocks[index, :, self.silent_ids(logits.device)] = -torch.inf
 
     def _start(self, request: GrammarRequest) -> None:
         if not request.loading.done():

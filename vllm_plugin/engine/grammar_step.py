@@ -13,32 +13,13 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_unmask.decoding.scoring import Scores, top_tokens
+from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.grammar import GrammarRequest, Grammars
 from vllm_unmask.grammar.state import Status, StepResult
+from vllm_unmask.kernels.frontier import constrain_frontier
 
 # Legal tokens of the frontier among which the look-ahead chooses.
 NUM_CANDIDATES = 8
-
-
-def apply_bitmask(logits: torch.Tensor, bitmask: np.ndarray[Any, Any]) -> None:
-    """Ban, in place, every token whose bit is 0.
-
-    Args:
-        logits: float32 [rows, vocab].
-        bitmask: int32 [rows, ceil(vocab / 32)], token ``i`` at bit ``i % 32`` of word
-            ``i // 32``.
-    """
-    if logits.device.type == "cpu":
-        # xgrammar's own loop goes bit by bit here: 0.6 ms a row of 150,000.
-        bits = np.unpackbits(bitmask.view(np.uint8), axis=1, bitorder="little")
-        banned = torch.from_numpy(bits[:, : logits.shape[1]] == 0)
-        logits.masked_fill_(banned, -torch.inf)
-        return
-    import xgrammar
-
-    device_mask = async_tensor_h2d(bitmask, device=logits.device)
-    xgrammar.apply_token_bitmask_inplace(logits, device_mask)
 
 
 class Unmasked(NamedTuple):
@@ -66,13 +47,24 @@ class GrammarStep:
         self.grammars = grammars
         self.members = members
         self.ready = [(r, m) for r, m in members if m.state is not None]
-        self.frontier = np.zeros(len(self.ready), np.int64)  # rows of the logits
         self.mask_words = -(-grammars.vocab_size // 32)
 
     def index(self, device: torch.device) -> torch.Tensor:
         """int64 [ready] -> row of the batch of denoising requests."""
         rows = [row for row, _ in self.ready]
         return async_tensor_h2d(rows, device=device, dtype=torch.int64)
+
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """int64 [members] -> row of the batch of denoising requests."""
+        rows = [row for row, _ in self.members]
+        return async_tensor_h2d(rows, device=device, dtype=torch.int64)
+
+    def first_live(self, num_requests: int, device: torch.device) -> torch.Tensor:
+        """Column before which nothing may change: it is verified. int64 [requests]."""
+        columns = np.zeros(num_requests, np.int64)
+        for row, request in self.ready:
+            columns[row] = request.frontier
+        return async_tensor_h2d(columns, device=device)
 
     def constrain(self, logits: torch.Tensor) -> None:
         """Ban, in place, what the grammars do not allow.
@@ -86,11 +78,12 @@ class GrammarStep:
         """
         words = -(-logits.shape[1] // 32)
         bitmask = np.zeros((len(self.ready), words), np.int32)
+        rows = np.zeros(len(self.ready), np.int64)
         for index, (row, request) in enumerate(self.ready):
             state = request.state
             assert state is not None
             column = min(request.frontier, self.length - 1)
-            self.frontier[index] = row * self.length + column
+            rows[index] = row * self.length + column
             started = time.perf_counter_ns()
             try:
                 state.frontier_mask(bitmask[index, : self.mask_words])
@@ -98,21 +91,16 @@ class GrammarStep:
                 # Its own alone: the request takes part no further.
                 self.grammars.fail(request)
             request.nanoseconds = time.perf_counter_ns() - started
-        if not self.ready:
-            return
-        device = logits.device
-        rows = async_tensor_h2d(self.frontier, device=device)
-        frontier = logits[rows]
-        blocks = logits.view(-1, self.length, logits.shape[1])
-        silent_ids = self.grammars.silent_ids(device)
-        if len(self.ready) == len(blocks):
-            logits.index_fill_(1, silent_ids, -torch.inf)
-        else:
-            blocks[self.index(device).unsqueeze(1), :, silent_ids] = -torch.inf
-        apply_bitmask(frontier, bitmask)
-        logits[rows] = frontier
-        top = top_tokens(frontier, min(NUM_CANDIDATES, logits.shape[1]))
-        self.candidates = torch.where(top.values > -torch.inf, top.indices, -1)
+        if self.ready:
+            device = logits.device
+            self.candidates = constrain_frontier(
+                logits,
+                async_tensor_h2d(rows, device=device),
+                async_tensor_h2d(bitmask, device=device),
+                self.grammars.silent_ids(device),
+                self.length,
+                min(NUM_CANDIDATES, logits.shape[1]),
+            )
 
     def verify(
         self,
@@ -132,24 +120,25 @@ class GrammarStep:
             temperature: float32 [requests].
         """
         device = before.device
-        index = self.index(device)
-        # One copy to the host: [ready, before | tokens | accepted | width | candidates]
-        parts = [before, scores.tokens, accepted.long(), width.unsqueeze(1)]
+        index = None
+        parts = [before, scores.tokens, accepted, width]
         if len(self.ready) < len(before):
+            index = self.index(device)
             parts = [part[index] for part in parts]
         if self.ready:
             parts.append(self.candidates)
-        host = torch.cat(parts, dim=1).cpu().numpy()
-        blocks = host[:, : self.length].copy()
+        host = _to_host(parts)
+        blocks = host[0].copy()
         for i, (row, request) in enumerate(self.ready):
             if request.state is None:
                 continue
+            block = [part[i] for part in host]
             try:
-                self._advance(request, host[i], blocks[i], bool(temperature[row] > 0))
+                self._advance(request, block, blocks[i], bool(temperature[row] > 0))
             except Exception:
                 self.grammars.fail(request)
         after = async_tensor_h2d(blocks, device=device, dtype=torch.int64)
-        if len(self.ready) < len(before):
+        if index is not None:
             every = torch.where(accepted, scores.tokens, before)
             after = every.index_copy_(0, index, after)
         active = after
@@ -167,14 +156,15 @@ class GrammarStep:
     def _advance(
         self,
         request: GrammarRequest,
-        row: np.ndarray[Any, Any],
+        host: list[np.ndarray[Any, Any]],
         block: np.ndarray[Any, Any],
         sampled: bool,
     ) -> None:
         """Step one request's state; writes ``block``, int64 [block]."""
-        state, length = request.state, self.length
+        state = request.state
         assert state is not None
-        width = int(row[3 * length])
+        before, tokens, accepted, size, candidates = host
+        width = int(size)
         if width == 0:
             return
         start = request.num_fixed
@@ -182,14 +172,15 @@ class GrammarStep:
         end = min(start + max(state.max_tokens - request.first, 0), width)
         started = time.perf_counter_ns()
         result = state.step(
-            row[start:end],
+            before[start:end],
             request.first,
-            row[length + start : length + end],
-            row[2 * length + start : 2 * length + end].astype(bool),
-            row[3 * length + 1 :],
+            tokens[start:end],
+            accepted[start:end],
+            candidates,
             sampled,
         )
         request.nanoseconds += time.perf_counter_ns() - started
+        request.num_forced = result.num_forced
         self._count(request, result)
         block[start:end] = result.block
         if not (result.block == self.mask_id).any():
@@ -212,3 +203,18 @@ class GrammarStep:
         vocabulary = self.grammars.vocabulary
         assert vocabulary is not None
         return vocabulary.stop_ids[0]
+
+
+def _to_host(parts: list[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+    """Tensors of as many rows each, in one copy; on a CPU without any."""
+    if parts[0].device.type == "cpu":
+        return [part.numpy() for part in parts]
+    wide = [part if part.dim() > 1 else part.unsqueeze(1) for part in parts]
+    host = torch.cat([part.long() for part in wide], dim=1).cpu().numpy()
+    ends = np.cumsum([part.shape[1] for part in wide])[:-1]
+    split = np.split(host, ends, axis=1)
+    kinds = {torch.bool: bool}
+    return [
+        array.reshape(part.shape).astype(kinds.get(part.dtype, np.int64))
+        for array, part in zip(split, parts, strict=True)
+    ]

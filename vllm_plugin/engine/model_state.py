@@ -18,16 +18,29 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_unmask.decoding.learned import Filter, load_filter
 from vllm_unmask.engine.attention import build_block_causal_metadata
 from vllm_unmask.engine.grammar import Grammars
+from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
+from vllm_unmask.engine.strategies import Strategies
+from vllm_unmask.engine.strategy_data import Delimiters
+from vllm_unmask.engine.tracing import Tracer
 from vllm_unmask.options import (
     GRAMMAR_KEY,
     DecodingOptions,
-    parse_request_options,
+    admitted_options,
     server_options_from_dict,
 )
+from vllm_unmask.seeds import parse_seeds
+
+
+class AheadRows(NamedTuple):
+    """The requests that also read their next block."""
+
+    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of DenoisingRows
+    width: torch.Tensor  # int64 [requests], positions of that block, 0..L
 
 
 class DenoisingRows(NamedTuple):
@@ -38,6 +51,7 @@ class DenoisingRows(NamedTuple):
     slots: torch.Tensor  # int64 [requests] -> request slot
     width: torch.Tensor  # int64 [requests], positions of the active block, 0..L
     num_open: torch.Tensor  # int64 [requests], rows whose KV this step leaves open
+    ahead: AheadRows | None  # None if no request looks ahead
 
 
 class BlockDiffusionModelState(ModelState):
@@ -59,12 +73,27 @@ class BlockDiffusionModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         served = self.model_config.hf_config.unmask_served
+        self.vocab_size: int = served["vocab_size"]
         self.geometry = BlockGeometry(served["block_length"], served["mask_token_id"])
         self.default_options: DecodingOptions = server_options_from_dict(
             served["server"]
         ).decoding
         self.states = CanvasStates(self.max_num_reqs, self.geometry, device)
         self.grammars = Grammars(vllm_config, self.geometry)
+        learned = None
+        if served["filter"]:
+            learned = load_filter(served["filter"], self.geometry.block_length)
+            learned = Filter(*(x.to(device) for x in learned))
+        self.openings = Openings(self.max_num_reqs, self.geometry, device)
+        self.strategies = Strategies(
+            self.max_num_reqs,
+            self.geometry,
+            device,
+            learned,
+            Delimiters(self.model_config, served["vocab_size"], device),
+        )
+        parallel = vllm_config.parallel_config
+        self.tracer = Tracer(served["traces"], parallel.rank == 0, *self.geometry)
         self.asynchronous = vllm_config.scheduler_config.async_scheduling
         self.denoising: DenoisingRows | None = None
 
@@ -78,21 +107,38 @@ class BlockDiffusionModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         params = new_req_data.sampling_params
-        extra_args = dict((params and params.extra_args) or {})
-        record = extra_args.pop(GRAMMAR_KEY, None)
-        options = parse_request_options(
+        extra_args = (params and params.extra_args) or {}
+        record = extra_args.get(GRAMMAR_KEY)
+        options = admitted_options(
             extra_args, self.default_options, self.geometry.block_length
         )
         token_ids = new_req_data.prefill_token_ids
-        assert token_ids is not None
-        self.states.add_request(req_index, token_ids, options)
+        assert token_ids is not None and params is not None
         num_prompt = len(new_req_data.prompt_token_ids or ())
-        self.grammars.add_request(
-            req_index, new_req_data.req_id, record, token_ids, num_prompt
+        seeds = parse_seeds(
+            extra_args, self.vocab_size, self.geometry.mask_token_id, None
         )
+        self.states.add_request(req_index, token_ids, options)
+        req_id = new_req_data.req_id
+        self.strategies.add_request(
+            req_index, req_id, options, params, num_prompt, seeds
+        )
+        self.tracer.add_request(req_index, req_id, options.trace)
+        self.openings.add_request(
+            req_index,
+            req_id,
+            seeds,
+            "lookahead" in options.fillers,
+            num_prompt,
+            len(token_ids),
+            self.states.canvas,
+        )
+        self.grammars.add_request(req_index, req_id, record, token_ids, num_prompt)
 
     def remove_request(self, req_id: str) -> None:
         self.grammars.remove_request(req_id)
+        self.openings.remove_request(req_id)
+        self.strategies.remove_request(req_id)
 
     def apply_staged_writes(self) -> None:
         self.states.apply_staged_writes()
@@ -139,8 +185,34 @@ class BlockDiffusionModelState(ModelState):
             to_device(lead),
             input_batch.input_ids,
         )
-        self.denoising = DenoisingRows(batch_index, slots_np, slots, width, num_open)
+        looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
+        ahead = None
+        if len(looking):
+            end = query_len + input_batch.query_start_loc_np[batch_index]
+            ahead, rows = self._read_ahead(looking, num_open, to_device(end))
+            input_batch.logits_indices = torch.cat((input_batch.logits_indices, rows))
+        self.denoising = DenoisingRows(
+            batch_index, slots_np, slots, width, num_open, ahead
+        )
         return {}
+
+    def _read_ahead(
+        self, looking: np.ndarray[Any, Any], num_open: torch.Tensor, end: torch.Tensor
+    ) -> tuple[AheadRows, torch.Tensor]:
+        """The next blocks' logits rows, where the step forwards these blocks.
+
+        Args:
+            looking: int64 [n] -> row of the denoising requests.
+            num_open: int64 [requests], rows from the open block on.
+            end: int64 [requests], row after each query.
+        """
+        length = self.geometry.block_length
+        index = torch.from_numpy(looking).to(num_open.device)
+        num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
+        column = torch.arange(length, device=end.device)
+        rows = torch.minimum(end - num_open + length + column, end - 1)
+        width = (num_open.squeeze(1) - length).clamp(0, length)
+        return AheadRows(looking, width), rows.view(-1)
 
     def prepare_attn(
         self,

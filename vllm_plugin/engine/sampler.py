@@ -15,11 +15,13 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-from vllm_unmask.decoding.bad_words import banned_tokens, conflicts
-from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores, score
+from vllm_unmask.engine.bad_words import BadWords
+from vllm_unmask.engine.candidates import AHEAD_STEPS, Candidates
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.grammar_step import GrammarStep, Unmasked
 from vllm_unmask.engine.logprobs import BlockLogprobs
+from vllm_unmask.engine.openings import NextBlocks
+from vllm_unmask.engine.strategy_step import StrategyStep
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
@@ -65,18 +67,19 @@ class BlockDiffusionSampler:
             if isinstance(processor, LogitBiasState)
         )
         self.has_staged_writes = False
-        # Request slot -> token sequences that must not appear in its output.
-        self.bad_words: dict[int, list[list[int]]] = {}
+        self.bad_words = BadWords(self.states, base.req_states)
         self.logprobs = BlockLogprobs(base.logprobs_mode == "raw_logits")
         self.grammars: Grammars = model_state.grammars
+        self.strategies = model_state.strategies
+        self.openings = model_state.openings
+        self.candidates = Candidates(self.sampling_states, self.states)
+        self.tracer = model_state.tracer
 
     def add_request(self, req_index: int, sampling_params: SamplingParams) -> None:
         self.sampling_states.add_request(req_index, sampling_params)
         self.logit_bias.add_request(req_index, sampling_params)
         self.logprobs.forget(req_index)
-        self.bad_words.pop(req_index, None)
-        if words := sampling_params.bad_words_token_ids:
-            self.bad_words[req_index] = words
+        self.bad_words.add_request(req_index, sampling_params.bad_words_token_ids)
         self.has_staged_writes = True
 
     def apply_staged_writes(self) -> None:
@@ -102,7 +105,8 @@ class BlockDiffusionSampler:
         if rows is not None:
             index = rows.batch_index
             if self.compute_nans:
-                nans = logits.isnan().view(len(index), -1).sum(dim=1)
+                nans = logits[: len(index) * length].isnan()
+                nans = nans.view(len(index), -1).sum(dim=1)
                 num_nans = _place(nans, index, torch.zeros_like(num_rejected))
             reported, num_reported, logprobs = self._denoise(logits, input_batch, rows)
             tokens = _place(reported, index, tokens)
@@ -133,16 +137,36 @@ class BlockDiffusionSampler:
         mask_id = self.geometry.mask_token_id
         ops, canvas = self.states.ops, self.states.canvas
         active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
+        num_rows = active.numel()
 
         # MASK is never a prediction: a revealed mask would loop forever.
         logits[:, mask_id] = -torch.inf
-        raw_logits = logits
         positions = input_batch.positions[input_batch.logits_indices]
-        worded = not self.bad_words.keys().isdisjoint(rows.slots_np.tolist())
+        ahead_logits, ahead_positions = logits[num_rows:], positions[num_rows:]
+        raw_logits, positions = logits[:num_rows], positions[:num_rows]
+        worded = self.bad_words.concern(rows)
         members = self.grammars.members(rows.slots_np)
         grammar = GrammarStep(self.grammars, members) if members else None
-        logits = self._apply_biases(logits, positions, rows, active, worded, grammar)
-        scores = self._score(logits, positions, rows)
+        groups = self.strategies.groups(rows.slots_np)
+        logits = self._apply_biases(
+            raw_logits, positions, rows, active, worded, grammar, bool(groups)
+        )
+        strategy, device = None, active.device
+        if groups:
+            strategy = StrategyStep(
+                self.strategies,
+                self.openings,
+                groups,
+                canvas,
+                rows,
+                active,
+                masked,
+                positions,
+                self.sampling_states.seeds.gpu,
+                None if grammar is None else grammar.first_live(len(active), device),
+            )
+            strategy.read(logits)
+        scores = self.candidates.score(logits, positions, rows.slots_np, rows.slots)
         accepted = ops.accept(
             canvas,
             self.states.strategy,
@@ -152,32 +176,102 @@ class BlockDiffusionSampler:
             scores.confidence,
             scores.order,
         )
+        before, opened = active, None
+        if strategy is not None:
+            before, scores, accepted, opened, hold = strategy.decide(scores, accepted)
         if worded:
-            accepted = self._withdraw_bad_words(accepted, scores, active, rows)
+            accepted = self.bad_words.withdraw(accepted, scores, before, rows)
         if grammar is None:
-            after = torch.where(accepted, scores.tokens, active)
+            after = torch.where(accepted, scores.tokens, before)
             step = Unmasked(after, scores.tokens, accepted, rows.width, [])
         else:
             temperature = self.sampling_states.temperature.np[rows.slots_np]
-            step = grammar.verify(active, scores, accepted, rows.width, temperature)
+            step = grammar.verify(before, scores, accepted, rows.width, temperature)
+        num_fixed = canvas.num_fixed[rows.slots]
+        fresh, chosen = step.accepted, step.tokens
+        if opened is not None:
+            # Seeded and edited tokens are told as well.
+            fresh = fresh | opened | (step.active != active)
+            chosen = torch.where(step.active == mask_id, step.tokens, step.active)
         logprobs = self.logprobs.collect(
             raw_logits,
-            step.tokens,
-            step.accepted,
-            canvas.num_fixed[rows.slots],
+            chosen,
+            fresh,
+            num_fixed,
             rows,
             self.sampling_states.num_logprobs[rows.slots_np],
             input_batch.num_reqs,
         )
+        width = step.width
+        following = None
+        if strategy is not None:
+            hold = strategy.held(hold, step.active, grammar)
+            width = torch.where(hold, 0, width)
+            following = self._next_blocks(rows, strategy, ahead_logits, ahead_positions)
         tokens, num_tokens = ops.close_blocks(
-            canvas, rows.slots, step.width, step.active, mask_id
+            canvas, rows.slots, width, step.active, mask_id
         )
+        if self.tracer.concern(rows):
+            self.tracer.observe(
+                rows,
+                active,
+                step.active,
+                scores.confidence,
+                step.width,
+                num_fixed,
+                num_tokens,
+                self.grammars,
+                following,
+            )
+        if strategy is not None:
+            # A block without a row does not count the step; a held one had its rows.
+            canvas.step[rows.slots] += hold
+            if following is not None:
+                following.write()
         for row in step.failed:
             # The mask is never an output: the scheduler ends the request with an
             # error when it meets one.
             tokens[row, 0] = mask_id
             num_tokens[row] = 1
         return tokens, num_tokens, logprobs
+
+    def _next_blocks(
+        self,
+        rows: "DenoisingRows",
+        strategy: StrategyStep,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> NextBlocks | None:
+        """What follows the open blocks where that is more than masks.
+
+        Args:
+            rows: the requests that denoise.
+            strategy: their step.
+            logits: [requests that look ahead * block, vocab], their next blocks.
+            positions: int64 [requests that look ahead * block], absolute.
+        """
+        opens = self.strategies.opens(rows.slots_np)
+        if not opens.any():
+            return None
+        chosen = np.flatnonzero(opens)
+        following = NextBlocks(
+            self.openings, self.states.canvas, rows, chosen, strategy.start
+        )
+        if rows.ahead is not None:
+            slots_np = rows.slots_np[rows.ahead.rows]
+            logits = logits.float()
+            self.grammars.silence(logits, slots_np)
+            slots = rows.slots[async_tensor_h2d(rows.ahead.rows, device=logits.device)]
+            scores = self.candidates.score(
+                logits, positions, slots_np, slots, AHEAD_STEPS
+            )
+            following.unmask(
+                np.searchsorted(chosen, rows.ahead.rows),
+                rows.ahead.width,
+                scores,
+                self.strategies.threshold_ahead(slots_np),
+            )
+        return following
 
     def _apply_biases(
         self,
@@ -187,10 +281,11 @@ class BlockDiffusionSampler:
         active: torch.Tensor,
         worded: bool,
         grammar: GrammarStep | None,
+        fused: bool,
     ) -> torch.Tensor:
         """Logit bias, allowed tokens, min_tokens, bad words, grammar, in float32."""
         biased = self.logit_bias.use_logit_bias[rows.slots_np].any()
-        if not biased and not worded and grammar is None:
+        if not biased and not worded and grammar is None and not fused:
             return logits.float()
         # A copy: log-probabilities are reported from the model's own logits.
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
@@ -209,113 +304,7 @@ class BlockDiffusionSampler:
             )
             logits = self.logit_bias.apply(logits, context)
         if worded:
-            self._ban_bad_words(logits, active, rows)
+            self.bad_words.ban(logits, active, rows)
         if grammar is not None:
             grammar.constrain(logits)
         return logits
-
-    def _score(
-        self,
-        logits: torch.Tensor,
-        positions: torch.Tensor,
-        rows: "DenoisingRows",
-    ) -> Scores:
-        """Scores of the active blocks, each tensor [requests, block]."""
-        length, mask_id = self.geometry
-        params = self.sampling_states
-        temperature = params.temperature.np[rows.slots_np]
-        sampled = bool(temperature.any())
-        truncated = sampled and bool(
-            (
-                (temperature > 0)
-                & (
-                    (params.top_k.np[rows.slots_np] < params.vocab_size)
-                    | (params.top_p.np[rows.slots_np] < 1)
-                    | (params.min_p.np[rows.slots_np] > 0)
-                )
-            ).any()
-        )
-        orders_used = self.states.orders_used(rows.slots_np)
-        plain = orders_used == {ORDERS.index("confidence")}
-        sampling_rows = None
-        slots = None
-        if sampled or not plain:
-            slots = rows.slots.repeat_interleave(length)
-            sampling_rows = SamplingRows(
-                params.temperature.gpu[slots],
-                params.top_k.gpu[slots].to(torch.int64),
-                params.top_p.gpu[slots],
-                params.min_p.gpu[slots],
-                params.seeds.gpu[slots],
-                positions.to(torch.int64),
-                self.states.canvas.step[slots],
-            )
-        flat = score(
-            logits,
-            sampling_rows,
-            sampled=sampled,
-            raw_confidence=None
-            if slots is None
-            else self.states.raw_confidence.gpu[slots],
-            orders=None if slots is None else self.states.order.gpu[slots],
-            orders_used=orders_used,
-            truncated=truncated,
-        )
-        # A row in which everything is banned falls back to token 0. If that is the
-        # mask, any other token will do: a revealed mask would never go away.
-        tokens = torch.where(
-            flat.tokens == mask_id, (mask_id + 1) % params.vocab_size, flat.tokens
-        )
-        return Scores(*(x.view(-1, length) for x in flat._replace(tokens=tokens)))
-
-    def _output_before(self, slot: int) -> list[int]:
-        """Output tokens already reported for a slot."""
-        req_states = self.base.req_states
-        start = int(req_states.prompt_len.np[slot])
-        end = int(req_states.total_len.gpu[slot])
-        return req_states.all_token_ids.gpu[slot, start:end].tolist()
-
-    def _ban_bad_words(
-        self, logits: torch.Tensor, active: torch.Tensor, rows: "DenoisingRows"
-    ) -> None:
-        """Ban, in place, each token that would complete a bad word by itself."""
-        length, mask_id = self.geometry
-        fixed = self.states.canvas.num_fixed
-        for row, slot in enumerate(rows.slots_np.tolist()):
-            if words := self.bad_words.get(slot):
-                start = int(fixed[slot])
-                context = self._output_before(slot)
-                block = active[row, start : int(rows.width[row])].tolist()
-                for column, token in banned_tokens(context, block, words, mask_id):
-                    logits[row * length + start + column, token] = -torch.inf
-
-    def _withdraw_bad_words(
-        self,
-        accepted: torch.Tensor,
-        scores: Scores,
-        active: torch.Tensor,
-        rows: "DenoisingRows",
-    ) -> torch.Tensor:
-        """Take back the least sure position of every bad word formed jointly.
-
-        One position alone cannot form a bad word (``_ban_bad_words``), so at
-        least one accepted position is left.
-        """
-        mask_id = self.geometry.mask_token_id
-        accepted = accepted.clone()
-        for row, slot in enumerate(rows.slots_np.tolist()):
-            if not (words := self.bad_words.get(slot)):
-                continue
-            start = int(self.states.canvas.num_fixed[slot])
-            context = self._output_before(slot)
-            block = torch.where(accepted[row], scores.tokens[row], active[row])
-            for column in conflicts(
-                context,
-                block[start : int(rows.width[row])].tolist(),
-                accepted[row, start:].tolist(),
-                scores.confidence[row, start:].tolist(),
-                words,
-                mask_id,
-            ):
-                accepted[row, start + column] = False
-        return accepted

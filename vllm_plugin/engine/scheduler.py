@@ -25,9 +25,18 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_unmask.engine.tracing import (
+    TRACE_KEY,
+    VERSION,
+    forget_trace,
+    read_trace,
+)
+from vllm_unmask.options import admitted_options, server_options_from_dict
 
 
 class BlockDiffusionScheduler(Scheduler):
@@ -50,6 +59,12 @@ class BlockDiffusionScheduler(Scheduler):
         # Requests whose last reported block still awaits its final forward.
         self.pending: set[str] = set()
         self._cache_final_blocks_only()
+        self.default_options = server_options_from_dict(served["server"]).decoding
+        # Requests that also unmask in their next block, which every step forwards.
+        self.looking_ahead: set[str] = set()
+        # Request id -> request and strategy, of those that asked for a trace.
+        self.traced: dict[str, tuple[Request, str]] = {}
+        self.traces: str = served["traces"]
         # Request id -> canvas rows it has in the step, where its prompt has more.
         self.rows_behind_prompt: dict[str, int] = {}
         # Request id -> rows it had in the step whose output is being processed.
@@ -78,8 +93,21 @@ class BlockDiffusionScheduler(Scheduler):
 
     def _canvas_length(self, request: Request) -> int:
         """Positions of the next query, from the first open position on."""
-        blocks = 2 if self.uniform or request.request_id in self.pending else 1
+        req_id = request.request_id
+        second = req_id in self.pending or req_id in self.looking_ahead
+        blocks = 2 if self.uniform or second else 1
         return blocks * self.block_length
+
+    def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        options = admitted_options(
+            params and params.extra_args, self.default_options, self.block_length
+        )
+        if "lookahead" in options.fillers:
+            self.looking_ahead.add(request.request_id)
+        if options.trace:
+            self.traced[request.request_id] = (request, options.strategy)
+        super().add_request(request)
 
     def _plan_canvas(self, request: Request) -> None:
         start = self._first_open_position(request)
@@ -190,7 +218,37 @@ class BlockDiffusionScheduler(Scheduler):
                 self.pending.add(req_id)
             else:
                 self.pending.discard(req_id)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.traced:
+            self._add_traces(outputs)
+        return outputs
+
+    def _add_traces(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Put traces into the final outputs, and where a stop string may end one."""
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                if output.request_id not in self.traced:
+                    continue
+                request, strategy = self.traced[output.request_id]
+                params = request.sampling_params
+                if not output.finished and not (params and params.stop):
+                    continue
+                trace = read_trace(
+                    self.traces, output.request_id, list(request.output_token_ids)
+                )
+                about = {
+                    "version": VERSION,
+                    "block_length": self.block_length,
+                    "mask_token_id": self.mask_token_id,
+                    "strategy": strategy,
+                }
+                output.kv_transfer_params = {
+                    **(output.kv_transfer_params or {}),
+                    TRACE_KEY: about | trace,
+                }
+                if output.finished:
+                    del self.traced[output.request_id]
+                    forget_trace(self.traces, output.request_id)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -228,6 +286,10 @@ class BlockDiffusionScheduler(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.pending.discard(request.request_id)
+        self.looking_ahead.discard(request.request_id)
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            self.traced.pop(request.request_id, None)
+            forget_trace(self.traces, request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
 

@@ -82,12 +82,13 @@ class CanvasStates:
         self.canvas.num_masks[slot] = length - len(tail)
         self.canvas.step[slot] = 0
 
-        static = options.strategy == "static"
-        self.num_steps.np[slot] = options.steps or length
-        self.threshold.np[slot] = NEVER if static else options.threshold
-        self.strict.np[slot] = options.strict
-        self.order.np[slot] = ORDERS.index(options.order)
-        self.raw_confidence.np[slot] = options.confidence_from == "raw"
+        # Of the plain strategies, static and threshold; `Strategies` has the others.
+        threshold = options.value("threshold")
+        self.num_steps.np[slot] = options.value("steps") or length
+        self.threshold.np[slot] = NEVER if threshold is None else threshold
+        self.strict.np[slot] = bool(options.value("strict"))
+        self.order.np[slot] = ORDERS.index(options.value("order"))
+        self.raw_confidence.np[slot] = options.value("confidence_from") == "raw"
 
     def apply_staged_writes(self) -> None:
         """Send the host-written fields to the device."""

@@ -2,6 +2,7 @@
 """vLLM's configuration for a block-causal diffusion model."""
 
 import math
+from collections.abc import Callable
 
 import vllm.envs as envs
 from vllm.config import VllmConfig
@@ -16,6 +17,7 @@ from vllm_unmask.limits import refused
 from vllm_unmask.options import (
     ServerOptions,
     parse_server_options,
+    require_filter,
     require_steps_fit,
     server_options_to_dict,
 )
@@ -51,7 +53,9 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
-            "counters": _counters(vllm_config),
+            "counters": _kept(vllm_config, "counters", _new_counters),
+            "traces": _kept(vllm_config, "traces", _new_traces),
+            "filter": _filter(vllm_config, options, block_length),
         }
         # Draft tokens of a step: at most the block and the next one.
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * block_length)
@@ -63,14 +67,34 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             prepare()
 
 
-def _counters(vllm_config: VllmConfig) -> str:
-    """The workers' counters: the front end's, also in a config made from its own."""
+def _kept(
+    vllm_config: VllmConfig, name: str, create: Callable[[VllmConfig], str]
+) -> str:
+    """A path of the front end's own, also in a config that is made from its config."""
+    served = getattr(vllm_config.model_config.hf_config, "unmask_served", None)
+    return create(vllm_config) if served is None else served[name]
+
+
+def _new_counters(vllm_config: VllmConfig) -> str:
     from vllm_unmask.engine.metrics import create_counters
 
-    served = getattr(vllm_config.model_config.hf_config, "unmask_served", None)
-    if served is not None:
-        return served["counters"]
     return create_counters(vllm_config.parallel_config.data_parallel_size)
+
+
+def _new_traces(vllm_config: VllmConfig) -> str:
+    from vllm_unmask.engine.tracing import create_traces
+
+    return create_traces()
+
+
+def _filter(
+    vllm_config: VllmConfig, options: ServerOptions, block_length: int
+) -> str | None:
+    from vllm_unmask.engine.strategy_data import find_filter
+
+    path = find_filter(options.filter, vllm_config.model_config.model, block_length)
+    require_filter(options.decoding, path)
+    return path
 
 
 def _block_length(vllm_config: VllmConfig, options: ServerOptions) -> int:

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slot *schedule*: which part of the block may be unmasked now."""
+
+import torch
+
+
+def _leftmost(flags: torch.Tensor) -> torch.Tensor:
+    """First True column of each row, int64 [requests, 1]; the width if none."""
+    length = flags.shape[1]
+    column = torch.arange(length, device=flags.device)
+    return torch.where(flags, column, length).amin(dim=1, keepdim=True)
+
+
+def sub_block(masked: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Masked positions of the leftmost sub-block that has any.
+
+    Args:
+        masked: bool [requests, block].
+        length: int64 [requests], at least 1; sub-blocks are counted from the
+            block's first position, the last one may be shorter.
+
+    Returns:
+        bool [requests, block], a subset of ``masked``.
+    """
+    column = torch.arange(masked.shape[1], device=masked.device)
+    width = length.unsqueeze(1)
+    return masked & (column // width == _leftmost(masked) // width)
+
+
+def adaptive_end(
+    confidence: torch.Tensor,
+    is_delimiter: torch.Tensor,
+    masked: torch.Tensor,
+    end: torch.Tensor,
+    step: torch.Tensor,
+    threshold: torch.Tensor,
+    default: torch.Tensor,
+) -> torch.Tensor:
+    """Where the active region ends: at the surest delimiter (AdaBlock).
+
+    The region stays while it has a masked position. The next one starts at the
+    leftmost masked position. AdaBlock chooses the blocks themselves; inside a block
+    that the model was trained on these regions take their part.
+
+    Args:
+        confidence: float32 [requests, block].
+        is_delimiter: bool [requests, block], the candidate is a delimiter.
+        masked: bool [requests, block].
+        end: int64 [requests], result of the last step; not read at step 0.
+        step: int64 [requests], denoising step within the block.
+        threshold: float32 [requests], a delimiter counts with ``>=``.
+        default: int64 [requests], at least 1, width of a region without a
+            delimiter.
+
+    Returns:
+        int64 [requests], exclusive column, at most the block's width.
+    """
+    length = masked.shape[1]
+    column = torch.arange(length, device=masked.device)
+    active = (masked & (column < end.unsqueeze(1))).any(dim=1) & (step > 0)
+    sure = is_delimiter & masked & (confidence >= threshold.unsqueeze(1))
+    score = confidence.masked_fill(~sure, -torch.inf)
+    surest = _leftmost(sure & (score == score.amax(dim=1, keepdim=True))).squeeze(1)
+    plain = (_leftmost(masked).squeeze(1) + default).clamp(max=length)
+    chosen = torch.where(surest < length, surest + 1, plain)
+    return torch.where(active, end, chosen)
+
+
+def after_end(is_end: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Masked positions right of the leftmost stop token.
+
+    Args:
+        is_end: bool [requests, block], a revealed position that holds one.
+        masked: bool [requests, block].
+
+    Returns:
+        bool [requests, block], a subset of ``masked``.
+    """
+    column = torch.arange(masked.shape[1], device=masked.device)
+    return masked & (column > _leftmost(is_end))

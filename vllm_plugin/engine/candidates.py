@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates and their scores, with the sampling parameters of the request slots."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores, score
+from vllm_unmask.engine.states import CanvasStates
+
+# Draws for the next block are others than those that it takes once it is open.
+AHEAD_STEPS = 1 << 32
+
+
+class Candidates:
+    """Scores blocks.
+
+    Args:
+        sampling: vLLM's per-slot sampling parameters.
+        states: canvases and the options that scoring reads.
+    """
+
+    def __init__(self, sampling: Any, states: CanvasStates) -> None:
+        self.sampling = sampling
+        self.states = states
+
+    def score(
+        self,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        slots_np: np.ndarray[Any, Any],
+        request_slots: torch.Tensor,
+        first_step: int = 0,
+    ) -> Scores:
+        """Candidates of one block of each request, each tensor [requests, block].
+
+        Args:
+            logits: float32 [requests * block, vocab], banned tokens at -inf.
+            positions: int64 [requests * block], absolute.
+            slots_np: int64 [requests] -> request slot.
+            request_slots: the same on the device.
+            first_step: added to the step that random draws depend on.
+        """
+        length, mask_id = self.states.geometry
+        params = self.sampling
+        temperature = params.temperature.np[slots_np]
+        sampled = bool(temperature.any())
+        truncated = sampled and bool(
+            (
+                (temperature > 0)
+                & (
+                    (params.top_k.np[slots_np] < params.vocab_size)
+                    | (params.top_p.np[slots_np] < 1)
+                    | (params.min_p.np[slots_np] > 0)
+                )
+            ).any()
+        )
+        orders_used = self.states.orders_used(slots_np)
+        plain = orders_used == {ORDERS.index("confidence")}
+        sampling_rows = None
+        slots = None
+        if sampled or not plain:
+            slots = request_slots.repeat_interleave(length)
+            sampling_rows = SamplingRows(
+                params.temperature.gpu[slots],
+                params.top_k.gpu[slots].to(torch.int64),
+                params.top_p.gpu[slots],
+                params.min_p.gpu[slots],
+                params.seeds.gpu[slots],
+                positions.to(torch.int64),
+                self.states.canvas.step[slots] + first_step,
+            )
+        flat = score(
+            logits,
+            sampling_rows,
+            sampled=sampled,
+            raw_confidence=None
+            if slots is None
+            else self.states.raw_confidence.gpu[slots],
+            orders=None if slots is None else self.states.order.gpu[slots],
+            orders_used=orders_used,
+            truncated=truncated,
+        )
+        # A row in which everything is banned falls back to token 0. If that is the
+        # mask, any other token will do: a revealed mask would never go away.
+        tokens = torch.where(
+            flat.tokens == mask_id, (mask_id + 1) % params.vocab_size, flat.tokens
+        )
+        return Scores(*(x.view(-1, length) for x in flat._replace(tokens=tokens)))

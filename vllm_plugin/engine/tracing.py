@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace of a request: which step did what to each of its tokens.
+
+What a worker returns has no room for it. So the worker appends every block that it
+reports to a file of the request's, and the scheduler, which sees the report later,
+reads it.
+"""
+
+import atexit
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_unmask.engine.grammar import Grammars
+    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.openings import NextBlocks
+
+VERSION = 1
+# Where a response carries the trace: vLLM's field for what an engine adds to it.
+TRACE_KEY = "unmask_trace"
+
+Event = dict[str, Any]
+
+
+def create_traces() -> str:
+    """A directory for the traces of one server, gone when this process ends."""
+    directory = tempfile.mkdtemp(prefix="vllm-unmask-traces-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _path(directory: str, req_id: str) -> Path:
+    # A client may choose the request's name.
+    return Path(directory, hashlib.sha256(req_id.encode()).hexdigest())
+
+
+def read_trace(directory: str, req_id: str, token_ids: list[int]) -> dict[str, Any]:
+    """The trace of the tokens that a request has reported.
+
+    Args:
+        directory: of the traces.
+        req_id: vLLM's name of the request.
+        token_ids: its output.
+
+    Returns:
+        ``num_steps`` and ``tokens``, as documented in `vllm_unmask.trace`.
+    """
+    path = _path(directory, req_id)
+    lines = path.read_text().splitlines() if path.exists() else []
+    events: list[list[Event]] = []
+    num_steps = 0
+    for line in lines:
+        # With a step in flight there may be a block more than was asked for.
+        if len(events) < len(token_ids):
+            block = json.loads(line)
+            events += block["tokens"]
+            num_steps = block["step"] + 1
+    return {
+        "num_steps": num_steps,
+        "tokens": [
+            {"token_id": token, "events": of_token}
+            for token, of_token in zip(token_ids, events, strict=False)
+        ],
+    }
+
+
+def forget_trace(directory: str, req_id: str) -> None:
+    """Remove what was kept of a request."""
+    _path(directory, req_id).unlink(missing_ok=True)
+
+
+class _Record:
+    """What happened to the open block of a request, and to the next one."""
+
+    def __init__(self, path: Path, length: int, step: int) -> None:
+        self.path = path
+        self.step = step
+        self.open: list[list[Event]] = [[] for _ in range(length)]
+        self.ahead: list[list[Event]] = [[] for _ in range(length)]
+
+    def report(self, fixed: int, width: int) -> None:
+        """Append the open block to the file, and open the next one."""
+        for events in self.open[fixed:width]:
+            events.append({"step": self.step, "event": "committed"})
+        block = {"step": self.step, "tokens": self.open[fixed:width]}
+        with self.path.open("a") as file:
+            file.write(json.dumps(block) + "\n")
+        self.open, self.ahead = self.ahead, [[] for _ in self.open]
+
+
+class Tracer:
+    """Traces of the request slots that asked for one.
+
+    Args:
+        directory: of the traces.
+        writes: whether this worker is the one whose outputs are read.
+        block_length: positions of a block.
+        mask_id: the mask token.
+    """
+
+    def __init__(
+        self, directory: str, writes: bool, block_length: int, mask_id: int
+    ) -> None:
+        self.directory = directory
+        self.writes = writes and Path(directory).is_dir()
+        self.length, self.mask_id = block_length, mask_id
+        self.records: dict[int, _Record] = {}
+
+    def add_request(self, slot: int, req_id: str, traced: bool) -> None:
+        """Take over a slot."""
+        self.records.pop(slot, None)
+        if traced and self.writes:
+            path = _path(self.directory, req_id)
+            self.records[slot] = _Record(path, self.length, self._last_step(path))
+
+    def _last_step(self, path: Path) -> int:
+        """Of the last block that the request reported before a preemption, or -1."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else -1
+
+    def concern(self, rows: "DenoisingRows") -> bool:
+        """Whether any of the requests is traced."""
+        return not self.records.keys().isdisjoint(rows.slots_np.tolist())
+
+    def observe(
+        self,
+        rows: "DenoisingRows",
+        before: torch.Tensor,
+        after: torch.Tensor,
+        confidence: torch.Tensor,
+        width: torch.Tensor,
+        num_fixed: torch.Tensor,
+        num_tokens: torch.Tensor,
+        grammars: "Grammars",
+        following: "NextBlocks | None",
+    ) -> None:
+        """Note one step.
+
+        Args:
+            rows: the requests that denoise.
+            before: int64 [requests, block], the open blocks before the step.
+            after: int64 [requests, block], and after it.
+            confidence: float32 [requests, block], of what was unmasked or edited.
+            width: int64 [requests], positions of the blocks; 0 without a part in it.
+            num_fixed: int64 [requests], leading prompt positions of the blocks.
+            num_tokens: int64 [requests], reported in this step.
+            grammars: of all slots.
+            following: what was unmasked ahead.
+        """
+        for row, slot in enumerate(rows.slots_np.tolist()):
+            record = self.records.get(slot)
+            end = int(width[row])
+            if record is None or end == 0:
+                continue
+            record.step += 1
+            fixed, reported = int(num_fixed[row]), bool(num_tokens[row])
+            old, new = before[row].tolist(), after[row].tolist()
+            sure = confidence[row].tolist()
+            request = grammars.requests.get(slot)
+            closed = bool(request and request.num_forced)
+            for column in range(fixed, end):
+                self._note(record, column, old[column], new[column], sure, closed)
+            if request is not None:
+                verified = end if reported else request.frontier
+                for events in record.open[fixed:verified]:
+                    if all(event["event"] != "verified" for event in events):
+                        events.append({"step": record.step, "event": "verified"})
+            if following is not None and not reported:
+                self._note_ahead(record, slot, following)
+            if reported:
+                record.report(fixed, end)
+
+    def _note(
+        self,
+        record: _Record,
+        column: int,
+        old: int,
+        new: int,
+        sure: list[float],
+        closed: bool,
+    ) -> None:
+        events, step = record.open[column], record.step
+        if old != self.mask_id and not events:
+            events.append({"step": step, "event": "seeded", "token_id": old})
+        if new == old:
+            return
+        if new == self.mask_id:
+            events.append({"step": step, "event": "masked"})
+            return
+        kind = "revealed" if old == self.mask_id else "edited"
+        event = {"step": step, "event": kind, "token_id": new}
+        if kind == "revealed" and closed:
+            event["event"] = "closed"
+        else:
+            event["confidence"] = round(sure[column], 6)
+        events.append(event)
+
+    def _note_ahead(self, record: _Record, slot: int, following: "NextBlocks") -> None:
+        for column, token, sure in following.unmasked(slot):
+            record.ahead[column].append(
+                {
+                    "step": record.step,
+                    "event": "revealed",
+                    "token_id": token,
+                    "confidence": round(sure, 6),
+                }
+            )
