@@ -72,7 +72,9 @@ def read_logits(
     entropy = not fillers.isdisjoint(_ENTROPY)
     probability = block.injected is not None or not fillers.isdisjoint(_PROBABILITY)
     if block.injected is not None or not fillers.isdisjoint(_STATISTICS):
-        flat = row_statistics(logits.flatten(0, 1), entropy, probability)
+        # The rules look at the entropy of masked positions alone.
+        unsure = block.masked.flatten()
+        flat = row_statistics(logits.flatten(0, 1), entropy, probability, unsure)
         statistics = RowStatistics(*(x.view(block.ids.shape) for x in flat))
     if block.injected is not None:
         assert statistics is not None

@@ -26,7 +26,10 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(
-    logits: torch.Tensor, entropy: bool = True, probability: bool = True
+    logits: torch.Tensor,
+    entropy: bool = True,
+    probability: bool = True,
+    unsure: torch.Tensor | None = None,
 ) -> RowStatistics:
     """Most likely token, its probability and lead, and the entropy of each row.
 
@@ -38,6 +41,8 @@ def row_statistics(
         entropy: False leaves the entropy at 0.
         probability: False, without ``entropy``, leaves the probability at 0; both
             need the softmax, tokens and gaps do not.
+        unsure: bool [rows], whose entropy is asked for, the others' is 0; None for
+            all.
 
     Returns:
         ``RowStatistics``. A row with one finite logit has gap inf and entropy 0; one
@@ -46,8 +51,11 @@ def row_statistics(
     step = max(len(logits), 1)
     if logits.device.type == "cpu":
         step = max(1, _SHARED // logits.shape[1])
+    if unsure is None:
+        unsure = torch.ones_like(logits[:, 0], dtype=torch.bool)
     parts = [
-        _part(part, entropy, probability or entropy) for part in logits.split(step)
+        _part(part, entropy, probability or entropy, flags)
+        for part, flags in zip(logits.split(step), unsure.split(step), strict=True)
     ]
     return RowStatistics(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -72,7 +80,9 @@ def greedy_scores(best: RowStatistics, order: torch.Tensor) -> Scores:
     )
 
 
-def _part(logits: torch.Tensor, entropy: bool, probability: bool) -> RowStatistics:
+def _part(
+    logits: torch.Tensor, entropy: bool, probability: bool, unsure: torch.Tensor
+) -> RowStatistics:
     """Statistics of some of the rows; arguments are those of ``row_statistics``."""
     on_cpu = logits.device.type == "cpu"
     if not on_cpu:
@@ -86,10 +96,10 @@ def _part(logits: torch.Tensor, entropy: bool, probability: bool) -> RowStatisti
     gap = torch.where(known, peak - second, 0.0)
     at = nats = torch.zeros_like(peak)
     if probability:
-        at, doubt = _softmax(logits, tokens, peak, entropy)
+        at, doubt = _softmax(logits, tokens, peak, unsure if entropy else None)
         if entropy:
             nats = torch.where(known, doubt - at.log(), math.log(logits.shape[1]))
-            nats.clamp_(min=0.0)
+            nats = torch.where(unsure, nats.clamp_(min=0.0), 0.0)
     return RowStatistics(tokens, at, gap, nats)
 
 
@@ -98,7 +108,10 @@ def _without_nan(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(
-    logits: torch.Tensor, tokens: torch.Tensor, peak: torch.Tensor, entropy: bool
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    peak: torch.Tensor,
+    unsure: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is read of the softmax, in memory that stays in the cache.
 
@@ -106,29 +119,35 @@ def _softmax(
         logits: float32 [rows, vocab].
         tokens: int64 [rows], the most likely ones.
         peak: float32 [rows], their logits.
-        entropy: False leaves the second result at 0.
+        unsure: bool [rows], for which the second result is asked for; None for none.
 
     Returns:
         Probability of the most likely token, 0 where there is none, and the sum of
         ``p * (peak - logit)``, each float32 [rows].
     """
     step = max(len(logits), 1)
-    if logits.device.type == "cpu":
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu:
         # As many for each thread.
         step = torch.get_num_threads() * max(1, _CACHED // logits.shape[1])
     probs = torch.empty_like(logits[:step])
-    shifted = torch.empty_like(probs) if entropy else probs
+    shifted = probs if unsure is None else torch.empty_like(probs)
     at, doubt = torch.empty_like(peak), torch.zeros_like(peak)
-    for rows, first, token, p_first, mean in zip(
-        *(x.split(step) for x in (logits, peak, tokens, at, doubt)), strict=True
+    asked = torch.zeros_like(tokens, dtype=torch.bool) if unsure is None else unsure
+    for rows, first, token, flags, p_first, mean in zip(
+        *(x.split(step) for x in (logits, peak, tokens, asked, at, doubt)), strict=True
     ):
+        # Which rows are asked for is known on the CPU without waiting.
+        weighed = unsure is not None and (not on_cpu or bool(flags.any()))
+        if weighed:
+            # Shifting first changes no bit: the softmax does it too.
+            rows = torch.sub(rows, first.unsqueeze(1), out=shifted[: len(rows)])
         p = torch.softmax(rows, dim=1, out=probs[: len(rows)])
         torch.gather(p, 1, token.unsqueeze(1), out=p_first.unsqueeze(1))
-        if entropy:
-            below = torch.sub(first.unsqueeze(1), rows, out=shifted[: len(rows)])
+        if weighed:
             # A banned token adds nothing, whatever its logit.
-            below.clamp_(max=torch.finfo(below.dtype).max).mul_(p)
-            mean.copy_(_row_sums(below))
+            rows.clamp_(min=torch.finfo(rows.dtype).min).mul_(p)
+            mean.copy_(_row_sums(rows)).neg_()
     return at.nan_to_num_(nan=0.0), doubt
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_unmask.decoding.composition import Evidence
 from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores, score
+from vllm_unmask.decoding.statistics import greedy_scores
 from vllm_unmask.engine.states import CanvasStates
 
 # Draws for the next block are others than those that it takes once it is open.
@@ -32,6 +34,7 @@ class Candidates:
         slots_np: np.ndarray[Any, Any],
         request_slots: torch.Tensor,
         first_step: int = 0,
+        known: Evidence | None = None,
     ) -> Scores:
         """Candidates of one block of each request, each tensor [requests, block].
 
@@ -41,8 +44,9 @@ class Candidates:
             slots_np: int64 [requests] -> request slot.
             request_slots: the same on the device.
             first_step: added to the step that random draws depend on.
+            known: what has been read of all these rows already.
         """
-        length, mask_id = self.states.geometry
+        length = self.states.geometry.block_length
         params = self.sampling
         temperature = params.temperature.np[slots_np]
         sampled = bool(temperature.any())
@@ -57,6 +61,11 @@ class Candidates:
             ).any()
         )
         orders_used = self.states.orders_used(slots_np)
+        best = None if known is None else known.statistics
+        orders_known = frozenset() if known is None else known.orders
+        if best is not None and not sampled and orders_used <= orders_known:
+            order = self.states.order.gpu[request_slots].unsqueeze(1)
+            return self._never_mask(greedy_scores(best, order))
         plain = orders_used == {ORDERS.index("confidence")}
         sampling_rows = None
         slots = None
@@ -82,9 +91,12 @@ class Candidates:
             orders_used=orders_used,
             truncated=truncated,
         )
+        return self._never_mask(Scores(*(x.view(-1, length) for x in flat)))
+
+    def _never_mask(self, scores: Scores) -> Scores:
         # A row in which everything is banned falls back to token 0. If that is the
         # mask, any other token will do: a revealed mask would never go away.
-        tokens = torch.where(
-            flat.tokens == mask_id, (mask_id + 1) % params.vocab_size, flat.tokens
-        )
-        return Scores(*(x.view(-1, length) for x in flat._replace(tokens=tokens)))
+        mask_id = self.states.geometry.mask_token_id
+        other = (mask_id + 1) % self.sampling.vocab_size
+        tokens = torch.where(scores.tokens == mask_id, other, scores.tokens)
+        return scores._replace(tokens=tokens)

@@ -148,8 +148,9 @@ class BlockDiffusionSampler:
         members = self.grammars.members(rows.slots_np)
         grammar = GrammarStep(self.grammars, members) if members else None
         groups = self.strategies.groups(rows.slots_np)
+        fused = any("credit" in group.fillers for group in groups)
         logits = self._apply_biases(
-            raw_logits, positions, rows, active, worded, grammar, bool(groups)
+            raw_logits, positions, rows, active, worded, grammar, fused
         )
         strategy, device = None, active.device
         if groups:
@@ -162,11 +163,17 @@ class BlockDiffusionSampler:
                 active,
                 masked,
                 positions,
-                self.sampling_states.seeds.gpu,
+                self.sampling_states,
                 None if grammar is None else grammar.first_live(len(active), device),
             )
             strategy.read(logits)
-        scores = self.candidates.score(logits, positions, rows.slots_np, rows.slots)
+        scores = self.candidates.score(
+            logits,
+            positions,
+            rows.slots_np,
+            rows.slots,
+            known=None if strategy is None else strategy.known,
+        )
         accepted = ops.accept(
             canvas,
             self.states.strategy,

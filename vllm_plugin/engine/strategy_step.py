@@ -5,7 +5,7 @@ Groups of requests that share their fillers go through `decoding.composition`; t
 others' rows are left as they are.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from vllm_unmask.decoding.canvas import Canvas
 from vllm_unmask.decoding.composition import Decision, Evidence, decide, read_logits
 from vllm_unmask.decoding.scoring import Scores
+from vllm_unmask.decoding.statistics import RowStatistics, greedy_scores
 from vllm_unmask.decoding.strategy import Block, State
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.strategies import SEEDED, Group, Strategies
@@ -44,7 +45,7 @@ class StrategyStep:
         active: int64 [requests, block], their blocks before the step.
         masked: bool [requests, block], positions to be unmasked.
         positions: int64 [requests * block], absolute.
-        seeds: int64 [slots], of the random draws.
+        sampling: vLLM's sampling parameters of all slots.
         first_live: int64 [requests], column before which the grammar has verified.
     """
 
@@ -58,7 +59,7 @@ class StrategyStep:
         active: torch.Tensor,
         masked: torch.Tensor,
         positions: torch.Tensor,
-        seeds: torch.Tensor,
+        sampling: Any,
         first_live: torch.Tensor | None,
     ) -> None:
         self.strategies, self.openings = strategies, openings
@@ -68,7 +69,7 @@ class StrategyStep:
         self.positions = positions.view(-1, self.length).long()
         self.rows = rows
         self.start = block_start(rows, self.positions)
-        self.seeds = seeds
+        self.sampling = sampling
         self.first_live = first_live
         self.groups = [(g, self._block(g), strategies.recall(g)) for g in groups]
         self.evidence: list[Evidence] = []
@@ -103,7 +104,7 @@ class StrategyStep:
             step=self.canvas.step[slots],
             stop_ids=stop_ids.to(ids.device),
             progress=progress.float(),
-            seeds=self.seeds[slots],
+            seeds=self.sampling.seeds.gpu[slots],
             positions=group.take(self.positions),
             is_delimiter=strategies.is_delimiter(group),
             injected=injected,
@@ -122,6 +123,12 @@ class StrategyStep:
             self.evidence.append(evidence)
             if "credit" in group.fillers and group.where is not None:
                 blocks[group.where] = part
+
+    @property
+    def known(self) -> Evidence | None:
+        """What has been read of the whole batch, if one group is all of it."""
+        one = len(self.groups) == 1 and self.groups[0][0].where is None
+        return self.evidence[0] if one else None
 
     def decide(self, scores: Scores, accepted: torch.Tensor) -> Outcome:
         """Carry the strategies out.
@@ -161,16 +168,34 @@ class StrategyStep:
         scores: Scores,
         evidence: Evidence,
     ) -> Decision:
+        scores = Scores(*(group.take(x) for x in scores))
+        if evidence.statistics is not None and evidence.orders:
+            scores = self._known_order(group, scores, evidence, evidence.statistics)
         return decide(
             group.fillers,
             block,
-            Scores(*(group.take(x) for x in scores)),
+            scores,
             evidence,
             group.parameters,
             state,
             self.mask_id,
             self.strategies.learned,
         )
+
+    def _known_order(
+        self, group: Group, scores: Scores, evidence: Evidence, best: RowStatistics
+    ) -> Scores:
+        """The order of greedy requests from what has been read already.
+
+        `Candidates` takes it from there if it can, which depends on the other requests,
+        and its last bit may differ from what it would compute.
+        """
+        order = group.parameters["order"].long()
+        known = torch.tensor(sorted(evidence.orders), device=order.device)
+        greedy = self.sampling.temperature.gpu[group.slots] == 0
+        mine = (greedy & torch.isin(order, known)).unsqueeze(1)
+        other = greedy_scores(best, order.unsqueeze(1)).order
+        return scores._replace(order=torch.where(mine, other, scores.order))
 
     def held(
         self, hold: torch.Tensor, after: torch.Tensor, grammar: "GrammarStep | None"
