@@ -193,11 +193,12 @@ class GrammarState:
     ) -> bool:
         """Write tentative tokens right of the frontier; whether there were any."""
         unmasked = False
-        for column in np.flatnonzero(accepted).tolist():
+        for column, chosen in enumerate(accepted.tolist()):
             # A token without bytes is no text. A stop token least of all: the model
             # would take everything right of it for the end.
             if (
-                column > frontier
+                chosen
+                and column > frontier
                 and ids[column] == self._mask_id
                 and self._tokens[drafts[column]]
             ):

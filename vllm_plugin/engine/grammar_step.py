@@ -183,7 +183,7 @@ class GrammarStep:
         request.num_forced = result.num_forced
         self._count(request, result)
         block[start:end] = result.block
-        if not (result.block == self.mask_id).any():
+        if self.mask_id not in result.block.tolist():
             block[end:width] = self._filler()
             request.first += end - start
             request.num_fixed = 0
