@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels of window attention compile, without a GPU, into what they should.
+
+Run as a script, this file prints the table that belongs into `resources.json`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TABLE = Path(__file__).parents[2] / "kernels" / "window_attention" / "resources.json"
+
+# Bytes of shared memory that one block may have.
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+# Bytes of stack of a thread: addresses may lie there, an accumulator (128 bytes and
+# more for each thread in these tiles) would be read and written for every key.
+STACK = 64
+# Element type, its bytes, head size, (row, head) pairs of a window: every branch of
+# `tiling` at the size that needs most.
+VARIANTS = (
+    ("bf16", 2, 80, 16),
+    ("bf16", 2, 128, 32),
+    ("bf16", 2, 128, 64),
+    ("bf16", 2, 256, 32),
+    ("bf16", 2, 256, 64),
+    ("fp32", 4, 256, 16),
+)
+TENSORS = "out query key value key_cache value_cache".split()
+INDICES = "block_table prefix_lens cu_rows mask".split()
+
+
+def compiled(
+    kernel: Any, constants: dict[str, Any], element: str, target: Any, **options: Any
+) -> dict[str, int]:
+    """What a kernel needs, for aligned tensors and strides that are multiples of 16."""
+    from triton.compiler import ASTSource, compile
+
+    signature: dict[str, str] = {}
+    hints: dict[tuple[int], Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        kind = "i32"
+        if name in constants:
+            kind = "constexpr"
+        elif name in TENSORS:
+            kind = "*" + element
+        elif name in INDICES:
+            kind = "*i32"
+        elif name == "slot_mapping":
+            kind = "*i64"
+        elif name == "scale":
+            kind = "fp32"
+        signature[name] = kind
+        if kind.startswith("*") or (kind == "i32" and not parameter.do_not_specialize):
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    binary = compile(source, target=target, options=options)
+    if "cubin" in binary.asm:
+        registers, stack = cuda_usage(binary.asm["cubin"])
+    else:
+        registers, stack = (
+            int(re.findall(rf"\.{field}:\s+(\d+)", binary.asm["amdgcn"])[0])
+            for field in ("vgpr_count", "private_segment_fixed_size")
+        )
+    shared = binary.metadata.shared
+    return {"registers": registers, "shared_bytes": shared, "stack_bytes": stack}
+
+
+def cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread; spilled registers lie on the stack."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", told.stdout)[0]
+    return int(registers), int(stack)
+
+
+def measure() -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from vllm_unmask.kernels.window_attention import triton as attention
+    from vllm_unmask.kernels.window_attention import triton_write
+
+    targets = {
+        "sm_80": GPUTarget("cuda", 80, 32),
+        "sm_90": GPUTarget("cuda", 90, 32),
+        "sm_100": GPUTarget("cuda", 100, 32),
+        "gfx942": GPUTarget("hip", "gfx942", 64),
+    }
+    strides = {"key_dim": 1, "value_dim": 1}
+    table: dict[str, Any] = {"triton": triton.__version__}
+    for element, size, dim, pairs in VARIANTS:
+        tile = attention.tiling(pairs, dim, size)
+        constants = attention.constants(tile, group=4, page=16, dim=dim) | strides
+        table[f"window_attention {element} dim {dim} pairs {pairs}"] = {
+            name: compiled(
+                attention.window_attention_kernel,
+                constants,
+                element,
+                target,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+            for name, target in targets.items()
+        }
+    constants = {"PAGE": 16, "DIM": 80, "BLOCK_DIM": 128, **strides}
+    table["write_kept bf16 dim 80"] = {
+        name: compiled(
+            triton_write.write_kept_kernel, constants, "bf16", target, num_warps=1
+        )
+        for name, target in targets.items()
+    }
+    return table
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compiled afresh and in a process of its own: vLLM disables Triton in this one."""
+    cache = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**environment, "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    table: dict[str, Any] = json.loads(done.stdout)
+    return table
+
+
+@pytest.mark.slow
+def test_every_target_has_room(measured: dict[str, Any]) -> None:
+    kernels = {name: row for name, row in measured.items() if name != "triton"}
+    assert len(kernels) == len(VARIANTS) + 1
+    for kernel, row in kernels.items():
+        assert row.keys() == SHARED.keys()
+        for target, needs in row.items():
+            assert needs["shared_bytes"] <= SHARED[target], (kernel, target)
+            assert needs["stack_bytes"] <= STACK, (kernel, target)
+
+
+def told(code: str) -> list[str]:
+    """Words that a process without vLLM prints about the kernel's module."""
+    start = "from vllm_unmask.kernels.window_attention.triton import *\n"
+    command = [sys.executable, "-c", start + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_no_number_of_a_batch_is_compiled_in() -> None:
+    """Requests of other lengths, widths or tables run the kernels that are there."""
+    fixed = told(
+        "for p in window_attention_kernel.params:\n"
+        "    if p.is_constexpr or p.do_not_specialize: print(p.name)"
+    )
+    assert fixed[:2] == ["table_stride", "words"]
+    sizes = "GROUP PAGE DIM BLOCK_DIM BLOCK_ROWS BLOCK_KEYS WORD_KEYS PRECISION"
+    assert fixed[2:] == sizes.split()
+    assert told("print(len({tiling(n, 128, 2) for n in range(1, 600)}))") == ["3"]
+
+
+@pytest.mark.slow
+def test_table_is_true(measured: dict[str, Any]) -> None:
+    recorded = json.loads(TABLE.read_text())
+    if recorded["triton"] != measured["triton"]:
+        pytest.skip(f"recorded with Triton {recorded['triton']}")
+    assert recorded == measured
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=1))
