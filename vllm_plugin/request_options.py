@@ -72,8 +72,8 @@ class DecodingOptions:
     )
     confidence_from: str | None = _of_strategy(
         "choice",
-        "distribution that confidence is read from: after temperature, top-k, top-p "
-        "and min-p, or the raw softmax",
+        "distribution that confidence, margin and entropy are read from: after "
+        "temperature, top-k, top-p and min-p, or the raw softmax",
         choices=("transformed", "raw"),
         applies=lambda options: (
             "static" not in options.fillers or options.value("order") != "random"

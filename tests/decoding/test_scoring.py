@@ -76,6 +76,7 @@ def score_rows(rows: list[Row]) -> Scores:
         orders=orders if used != {0} else None,
         orders_used=used,
         truncated=any(row.truncates for row in rows if row.temperature),
+        raw_used=any(row.raw for row in rows),
     )
 
 
@@ -116,12 +117,12 @@ def expected(row: Row) -> tuple[int, float, float]:
             confidence,
             float(uniform(counters[0], counters[1], counters[2], ORDER_STREAM)),
         )
-    if math.isnan(probs[0]):
+    if math.isnan(source[0]):
         return token, confidence, 0.0 if row.order == "margin" else -INF
     if row.order == "margin":
-        first, second = sorted(probs, reverse=True)[:2]
+        first, second = sorted(source, reverse=True)[:2]
         return token, confidence, first - second
-    return token, confidence, sum(p * math.log(p) for p in probs if p)
+    return token, confidence, sum(p * math.log(p) for p in source if p)
 
 
 def same(left: Scores, row: int, right: Scores) -> bool:

@@ -143,14 +143,16 @@ def score(
     orders: torch.Tensor | None,
     orders_used: frozenset[int],
     truncated: bool = True,
+    raw_used: bool = True,
 ) -> Scores:
     """Candidate, confidence and order score of each row.
 
     Confidence is the probability of the candidate, as in LLaDA, SDAR and
     Fast-dLLM; for a sampled candidate it is read after temperature and
-    truncation (SDAR, Dream) or from the plain softmax (LLaDA).
+    truncation (SDAR, Dream) or from the plain softmax (LLaDA). So are the margin
+    and the entropy that a row is ordered by.
 
-    What a row gets does not depend on the other rows, so neither on the two
+    What a row gets does not depend on the other rows, so neither on the three
     flags: they only say which work no row needs.
 
     Args:
@@ -159,12 +161,13 @@ def score(
             candidates nor a random order.
         sampled: whether any row has a temperature above 0; False skips the
             whole sampling path.
-        raw_confidence: bool [rows], read confidence before the transform; only
-            read if ``sampled``.
+        raw_confidence: bool [rows], read before the transform; only read if
+            ``sampled``.
         orders: int64 [rows], index into ``ORDERS``; only read if ``orders_used``
             has more than confidence.
         orders_used: the values that occur in ``orders``.
         truncated: whether any row with a temperature cuts tokens.
+        raw_used: whether any row reads before the transform.
 
     Returns:
         ``Scores``. A row without a finite logit takes token 0, one with +inf the
@@ -203,5 +206,9 @@ def score(
             probs = logits.softmax(dim=-1)
         for index in sorted(others):
             value = _order_score(ORDERS[index], probs, rows)
+            if sampled and raw_used:
+                assert raw_confidence is not None
+                plain = _order_score(ORDERS[index], logits.softmax(dim=-1), rows)
+                value = torch.where(raw_confidence, plain, value)
             order = torch.where(orders == index, value, order)
     return Scores(tokens, confidence, order)

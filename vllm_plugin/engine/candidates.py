@@ -90,6 +90,7 @@ class Candidates:
             orders=None if slots is None else self.states.order.gpu[slots],
             orders_used=orders_used,
             truncated=truncated,
+            raw_used=bool(self.states.raw_confidence.np[slots_np].any()),
         )
         return self._never_mask(Scores(*(x.view(-1, length) for x in flat)))
 
