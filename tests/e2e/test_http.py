@@ -594,8 +594,9 @@ def test_sixteen_different_requests_at_once(server: Server) -> None:
 def test_client_that_leaves_frees_its_request(server: Server) -> None:
     expected = complete(server, ALIGNED).token_ids
     name = "vllm:generation_tokens_total"
-    before = server.metric(name)
-    for _ in range(3):
+    # On a busy machine a request may be through before the server notices.
+    for _ in range(8):
+        before = server.metric(name)
         stream = create_completion(
             server, ALIGNED, max_tokens=450, vllm_xargs=STATIC, stream=True
         )
@@ -604,8 +605,10 @@ def test_client_that_leaves_frees_its_request(server: Server) -> None:
         stream.close()
         # The next one takes over the slot, maybe in the middle of a block.
         assert complete(server, ALIGNED).token_ids == expected
-    eventually(lambda: server.metric("vllm:num_requests_running"), 0)
-    assert server.metric(name) - before < 3 * 450
+        eventually(lambda: server.metric("vllm:num_requests_running"), 0)
+        if server.metric(name) - before < 450:
+            return
+    raise AssertionError("every request went on to its end")
 
 
 # --- Wrong input ------------------------------------------------------------------
