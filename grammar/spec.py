@@ -13,7 +13,12 @@ import reprlib
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
-from vllm_unmask.grammar.json_features import find_unenforced, nesting, parse
+from vllm_unmask.grammar.json_features import (
+    find_unenforced,
+    mend_patterns,
+    nesting,
+    parse,
+)
 
 Kind = Literal[
     "json_schema", "json_object", "regex", "choice", "ebnf", "structural_tag"
@@ -222,6 +227,7 @@ def _canonical_json(
         name = f"{parameter}: {found.keyword}"
         reason = f"at {found.path} cannot be enforced"
         raise _refused(name, found.value, reason, found.expected)
+    mend_patterns(value)
     # The order of keys is kept: it is the order in which the output has them.
     return json.dumps(value, separators=(",", ":"))
 

@@ -40,9 +40,9 @@ def test_quick_run(
     assert {name for name, row in rows.items() if row["whole_row"]} == bench.WHOLE_ROW
     for row in rows.values():
         assert row["plain_ms"] > 0 and all(row["forward_ms"].values())
+        assert all(row["lm_head_ms"].values())
         assert row["read_ms"] >= 0 and row["decide_ms"] > 0
     assert result["environment"].keys() >= {"commit", "versions", "cpu", "sizes"}
-    assert result["environment"]["lm_head"] == "excluded"
     assert all(name in capsys.readouterr().out for name in ["1 threads"])
 
 
@@ -51,6 +51,8 @@ def test_what_a_row_says(bench: Any) -> None:
     clock.times = {
         "forward bfloat16": [100.0],
         "forward float32": [200.0],
+        "lm_head bfloat16": [140.0],
+        "lm_head float32": [300.0],
         "score": [20.0],
         "accept": [1.0],
         "read edit": [30.0, 22.0, 10.0],
@@ -62,6 +64,7 @@ def test_what_a_row_says(bench: Any) -> None:
     # Beyond acceptance, which the strategy takes the place of.
     assert (row["extra_ms"], row["extra_ms_shared"]) == (24, 4.5)
     assert row["share"] == {"bfloat16": 0.24, "float32": 0.12}
+    assert row["share_with_lm_head"] == {"bfloat16": 4.5 / 240, "float32": 4.5 / 500}
     assert row["holds"]
     alone = bench.row("edit", 1, clock, False)
     assert alone["extra_ms_shared"] == 24 and not alone["holds"]

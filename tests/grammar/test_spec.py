@@ -109,6 +109,44 @@ def test_canonical_form(field: str, value: object, kind: str, text: str) -> None
     assert admit(field, value) == (kind, text, 1)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "mended"),
+    [
+        (r"^\d\d(-\d+)?x$", r"^\d\d(-\d+){0,1}x$"),
+        (r"((a+)?b)?", r"((a+){0,1}b){0,1}"),
+        (r"a?(b)*\)?[)?][\])?]", r"a?(b)*\)?[)?][\])?]"),
+        (r"(a)??(?:b)?", r"(a)??(?:b){0,1}"),
+    ],
+)
+def test_optional_groups_are_spelled_out(pattern: str, mended: str) -> None:
+    schema = {
+        "properties": {"pattern": {"type": "string", "pattern": pattern}},
+        "const": {"pattern": pattern},
+        "items": {"patternProperties": {pattern: {}}},
+    }
+    text = admit("json", json.dumps(schema)).text
+    assert json.loads(text) == {
+        "properties": {"pattern": {"type": "string", "pattern": mended}},
+        "const": {"pattern": pattern},
+        "items": {"patternProperties": {mended: {}}},
+    }
+
+
+def test_an_optional_group_ends_where_it_says(vocabulary: Vocabulary) -> None:
+    """Once the first of these fails, xgrammar is mended and ours can go."""
+    schema = json.dumps({"type": "string", "pattern": r"^\d\d(-\d+)?x$"})
+    compiler = xgrammar.GrammarCompiler(vocabulary.info)
+
+    def accepted(grammar: xgrammar.CompiledGrammar, text: str) -> bool:
+        matcher = xgrammar.GrammarMatcher(grammar)
+        return matcher.accept_string(json.dumps(text)) and matcher.is_completed()
+
+    assert accepted(compiler.compile_json_schema(schema), "1111x")
+    ours = compile_spec(compiler, admit("json", schema))
+    texts = {"1111x": False, "11-11x": True, "11x": True, "11-x": False}
+    assert {text: accepted(ours, text) for text in texts} == texts
+
+
 def test_order_of_properties_is_kept() -> None:
     schema = {"properties": {"b": {}, "a": {}}, "type": "object"}
     assert json.loads(admit("json", schema).text) == schema
