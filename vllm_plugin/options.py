@@ -6,6 +6,7 @@ Imports neither torch nor vLLM.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_unmask.limits import (
@@ -72,6 +73,7 @@ class ServerOptions:
     )
 
 
+@cache
 def decoding_limits() -> dict[str, Limits]:
     """The options of a request, by name without prefix."""
     return {f.name: f.metadata["limits"] for f in fields(DecodingOptions)}
@@ -186,7 +188,11 @@ def parse_request_options(
             option that has no effect with the resulting strategy.
 
     """
-    return _decoding(_own(extra_args), defaults, REQUEST_PREFIX, block_length)
+    given = _own(extra_args)
+    if not given:
+        require_steps_fit(defaults, block_length, REQUEST_PREFIX)
+        return defaults
+    return _decoding(given, defaults, REQUEST_PREFIX, block_length)
 
 
 def admitted_options(

@@ -22,7 +22,6 @@ from vllm_unmask.decoding.scoring import (
     SamplingRows,
     Scores,
     score,
-    top_tokens,
 )
 
 INF = math.inf
@@ -318,19 +317,3 @@ def test_logits_are_not_written() -> None:
         orders_used=frozenset({1, 2}),
     )
     torch.testing.assert_close(logits, before, equal_nan=True, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("vocab", [8, 4096, 4097, 5000, 9999])
-@given(seed=st.integers(0, 2**32))
-@settings(max_examples=10, deadline=None)
-def test_top_tokens_are_the_largest(vocab: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(3, vocab, generator=generator)
-    # Neighbours of one group, banned tokens, and the very last token.
-    logits[0, 64:70] += 9
-    logits[1, 3:] = -torch.inf
-    logits[2, -2:] += 9
-    top = top_tokens(logits, 8)
-    assert torch.equal(top.values, logits.topk(8).values)
-    assert torch.equal(top.values, logits.gather(1, top.indices))
-    assert all(len(set(row)) == 8 for row in top.indices.tolist())

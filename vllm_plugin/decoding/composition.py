@@ -158,20 +158,20 @@ def decide(
     if not fillers.isdisjoint({"prophet", "sched"}):
         fill = _exit(fillers, block, evidence, p, state)
         accepted = accepted | (block.masked & fill.unsqueeze(1))
-    tokens = scores.tokens
-    if "end_of_text" in fillers:
-        left = block.masked & ~accepted
-        after = torch.where(accepted, tokens, block.ids)
-        beyond = regions.after_end(is_stop(after, block) & block.output & ~left, left)
-        tokens = torch.where(beyond, block.stop_ids[:, :1], tokens)
-        accepted = accepted | beyond
-    decision = Decision(block.ids, tokens, accepted, None)
+    tokens, ids = scores.tokens, block.ids
     if evidence.own is not None:
         assert block.injected is not None
         # In the first step alone, so that a doubt ends.
         injected = block.injected & (block.step == 0).unsqueeze(1)
         doubted = revising.doubted(evidence.own, injected, p["doubt"])
-        decision = decision._replace(ids=decision.ids.masked_fill(doubted, mask_id))
+        ids = ids.masked_fill(doubted, mask_id)
+    if "end_of_text" in fillers:
+        left = block.masked & ~accepted
+        after = torch.where(accepted, tokens, ids)
+        beyond = regions.after_end(is_stop(after, block) & block.output & ~left, left)
+        tokens = torch.where(beyond, block.stop_ids[:, :1], tokens)
+        accepted = accepted | beyond
+    decision = Decision(ids, tokens, accepted, None)
     if "edit" in fillers:
         return _edit(block, evidence, decision, p, state)
     if "remdm" in fillers:

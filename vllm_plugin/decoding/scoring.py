@@ -65,33 +65,6 @@ def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return peak.squeeze(1), columns.gather(1, place).squeeze(1)
 
 
-def top_tokens(logits: torch.Tensor, count: int) -> torch.return_types.topk:
-    """The ``count`` largest logits of each row and their tokens, largest first.
-
-    Args:
-        logits: float [rows, vocab] without NaN.
-        count: at most ``vocab``.
-
-    Returns:
-        ``values`` [rows, count] and ``indices`` int64 [rows, count].
-    """
-    vocab = logits.shape[1]
-    if vocab < _GROUP**2:
-        return logits.topk(count)
-    # As in `_top`: the largest are in the groups that have the largest maxima.
-    padding = -vocab % _GROUP
-    peaks = logits[:, : vocab - vocab % _GROUP].unflatten(1, (-1, _GROUP)).amax(dim=-1)
-    if padding:
-        rest = logits[:, vocab - vocab % _GROUP :].amax(dim=-1, keepdim=True)
-        peaks = torch.cat((peaks, rest), dim=1)
-    groups = peaks.topk(count).indices.unsqueeze(2)
-    columns = groups * _GROUP + torch.arange(_GROUP, device=logits.device)
-    columns = columns.flatten(1)
-    inside = logits.gather(1, columns.clamp(max=vocab - 1))
-    top = inside.masked_fill(columns >= vocab, -torch.inf).topk(count)
-    return torch.return_types.topk((top.values, columns.gather(1, top.indices)))
-
-
 def _top_finite(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``logits`` with NaN as -inf, and the most likely token of each row.
 

@@ -287,8 +287,8 @@ class BlockDiffusionScheduler(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.pending.discard(request.request_id)
         self.looking_ahead.discard(request.request_id)
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            self.traced.pop(request.request_id, None)
+        aborted = request.status == RequestStatus.FINISHED_ABORTED
+        if aborted and self.traced.pop(request.request_id, None):
             forget_trace(self.traces, request.request_id)
         return super()._free_request(request, *args, **kwargs)
 

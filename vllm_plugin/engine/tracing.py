@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.grammar import Grammars
     from vllm_unmask.engine.model_state import DenoisingRows
     from vllm_unmask.engine.openings import NextBlocks
+
+logger = init_logger("vllm.vllm_unmask.engine.tracing")
 
 VERSION = 1
 # Where a response carries the trace: vLLM's field for what an engine adds to it.
@@ -108,14 +111,16 @@ class Tracer:
         self, directory: str, writes: bool, block_length: int, mask_id: int
     ) -> None:
         self.directory = directory
-        self.writes = writes and Path(directory).is_dir()
+        self.writes = writes
         self.length, self.mask_id = block_length, mask_id
         self.records: dict[int, _Record] = {}
 
     def add_request(self, slot: int, req_id: str, traced: bool) -> None:
         """Take over a slot."""
         self.records.pop(slot, None)
-        if traced and self.writes:
+        if traced and self.writes and not Path(self.directory).is_dir():
+            logger.warning("No trace of %s: %s is not here.", req_id, self.directory)
+        elif traced and self.writes:
             path = _path(self.directory, req_id)
             self.records[slot] = _Record(path, self.length, self._last_step(path))
 
