@@ -12,6 +12,9 @@ from composed_runs import Step, read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_unmask.decoding.composition import Evidence, decide
+from vllm_unmask.decoding.scoring import Scores
+from vllm_unmask.decoding.strategy import Block
 from vllm_unmask.presets import FILLERS, StrategyError, compose
 
 SEEDS = st.integers(0, 1 << 32).map(random.Random)
@@ -206,6 +209,37 @@ def test_nothing_but_stop_tokens_right_of_one(rng: random.Random) -> None:
                 right = ended.cumsum(0) > 0
                 left = opening.output & (step.after == request.mask_id)
                 assert not (right & left).any()
+
+
+def test_a_doubted_stop_token_ends_nothing() -> None:
+    """What is right of a seeded stop token waits until the seed is believed."""
+    stop, mask = 7, 9
+    ids = torch.tensor([[stop, mask, mask]])
+    zeros = torch.zeros(1, dtype=torch.int64)
+    block = Block(
+        ids=ids,
+        masked=ids == mask,
+        output=torch.ones_like(ids, dtype=torch.bool),
+        live=torch.ones_like(ids, dtype=torch.bool),
+        num_masks=zeros + 2,
+        step=zeros,
+        stop_ids=torch.tensor([[stop]]),
+        progress=torch.zeros(1),
+        seeds=zeros,
+        positions=torch.tensor([[0, 1, 2]]),
+        injected=ids == stop,
+    )
+    sure = torch.tensor([[0.1, 0.6, 0.5]])
+    scores = Scores(torch.tensor([[3, 4, 5]]), sure, sure)
+    given = {"threshold": 0.9, "strict": 1, "steps": 3, "step_sizes": 0, "order": 0}
+    for doubt, after in ((0.5, [mask, mask, mask]), (0.0, [stop, mask, mask])):
+        p = {k: torch.tensor([float(v)]) for k, v in (given | {"doubt": doubt}).items()}
+        evidence = Evidence(None, torch.tensor([[0.1, 0.0, 0.0]]))
+        fillers = frozenset({"threshold", "end_of_text"})
+        decision = decide(fillers, block, scores, evidence, p, {}, mask)
+        assert decision.ids.tolist() == [after]
+        filled = decision.accepted & (decision.tokens == stop)
+        assert filled.tolist() == [[False, False, doubt == 0]]
 
 
 @settings(max_examples=30)
