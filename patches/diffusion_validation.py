@@ -11,6 +11,7 @@ from vllm_unmask.options import (
     DecodingOptions,
     OptionError,
     parse_request_options,
+    require_candidates_fit,
     require_filter,
     server_options_from_dict,
 )
@@ -82,6 +83,7 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
             extra_args, server.decoding, record["block_length"]
         )
         require_filter(options, record["filter"], REQUEST_PREFIX)
+        require_candidates_fit(server, options, REQUEST_PREFIX)
         seeds = parse_seeds(
             extra_args,
             record["vocab_size"],

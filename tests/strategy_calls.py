@@ -75,3 +75,10 @@ def refusal(llm: Any, params: dict[str, Any]) -> str:
         assert engine_calls.generate(llm, [[1, 2, 3]], plain)[0]["tokens"]
         return str(error)
     raise AssertionError("not refused")
+
+
+def presets() -> list[str]:
+    """Names of published configurations."""
+    from vllm_unmask.presets import PRESETS
+
+    return list(PRESETS)

@@ -23,6 +23,7 @@ ARROWS = {
     "patches": {"grammar", "options", "seeds", "limits"},
     "options": {"request_options", "presets", "limits"},
     "request_options": {"presets", "limits"},
+    "request_params": {"options", "request_options", "limits"},
     "presets": set(),
     "seeds": {"limits"},
     "limits": set(),

@@ -9,8 +9,8 @@ from vllm_unmask.options import (
     DecodingOptions,
     OptionError,
     ServerOptions,
-    sampling_params,
 )
+from vllm_unmask.request_params import sampling_params
 
 __version__ = "0.1.0"
 

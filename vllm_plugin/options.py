@@ -7,7 +7,7 @@ Imports neither torch nor vLLM.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from vllm_unmask.limits import (
     Limits,
@@ -19,9 +19,6 @@ from vllm_unmask.limits import OptionError as OptionError
 from vllm_unmask.presets import StrategyError, allowed, compose
 from vllm_unmask.request_options import DecodingOptions as DecodingOptions
 from vllm_unmask.request_options import option
-
-if TYPE_CHECKING:
-    from vllm import SamplingParams
 
 REQUEST_PREFIX = "unmask_"
 SERVER_KEY = "unmask"
@@ -63,6 +60,26 @@ class ServerOptions:
             optional=True,
         ),
     )
+    max_candidates: int | None = option(
+        None,
+        Limits(
+            "int",
+            "canvases of one request that a forward may check when it speculates, its "
+            "own included; 1: no request speculates; unset: as many as have 128 rows, "
+            "at least 2 and at most 16",
+            optional=True,
+            low=1,
+            high=16,
+        ),
+    )
+    adaptive_candidates: bool = option(
+        True,
+        Limits(
+            "bool",
+            "check as many candidates as have been paying, by tokens a second at the "
+            "server's load; without it as many as requests ask for",
+        ),
+    )
     grammar_guard: bool = option(
         True,
         Limits(
@@ -89,7 +106,7 @@ def server_limits() -> dict[str, Limits]:
     return decoding_limits() | own
 
 
-def _decoding(
+def overlaid(
     given: Mapping[str, Any],
     defaults: DecodingOptions,
     prefix: str,
@@ -174,6 +191,29 @@ def require_filter(
         )
 
 
+def require_candidates_fit(
+    server: ServerOptions, options: DecodingOptions | None = None, prefix: str = ""
+) -> None:
+    """Check that a request speculates no further than its server.
+
+    Args:
+        server: the server's options, `max_candidates` set.
+        options: a request's; its default's if None.
+        prefix: of the request's keys.
+
+    Raises:
+        OptionError: `candidates` is larger than `max_candidates`.
+
+    """
+    wanted, most = (options or server.decoding).candidates, server.max_candidates
+    if wanted is not None and most is not None and wanted > most:
+        raise refused(
+            prefix + "candidates",
+            wanted,
+            f"an integer from 1 to {most}, the server's max_candidates",
+        )
+
+
 def parse_request_options(
     extra_args: Mapping[str, Any] | None,
     defaults: DecodingOptions,
@@ -188,11 +228,11 @@ def parse_request_options(
             option that has no effect with the resulting strategy.
 
     """
-    given = _own(extra_args)
+    given = own_options(extra_args)
     if not given:
         require_steps_fit(defaults, block_length, REQUEST_PREFIX)
         return defaults
-    return _decoding(given, defaults, REQUEST_PREFIX, block_length)
+    return overlaid(given, defaults, REQUEST_PREFIX, block_length)
 
 
 def admitted_options(
@@ -206,7 +246,7 @@ def admitted_options(
     return parse_request_options(given, defaults, block_length)
 
 
-def _own(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def own_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Our keys in `extra_args`, without their prefix."""
     if not extra_args:
         return {}
@@ -248,7 +288,7 @@ def parse_server_options(additional_config: Any) -> ServerOptions:
         for key, value in given.items()
         if key not in of_request
     }
-    decoding = _decoding(
+    decoding = overlaid(
         {key: value for key, value in given.items() if key in of_request},
         DecodingOptions(),
         "",
@@ -266,78 +306,3 @@ def server_options_from_dict(data: Mapping[str, Any]) -> ServerOptions:
     """Turn back what `server_options_to_dict` made."""
     own = {key: value for key, value in data.items() if key != "decoding"}
     return ServerOptions(decoding=DecodingOptions(**data["decoding"]), **own)
-
-
-def sampling_params(
-    *,
-    strategy: str | None = None,
-    steps: int | None = None,
-    step_sizes: Literal["linear", "cosine", "ascending"] | None = None,
-    order: Literal["confidence", "margin", "entropy", "random"] | None = None,
-    confidence_from: Literal["transformed", "raw"] | None = None,
-    threshold: float | None = None,
-    strict: bool | None = None,
-    relaxed_threshold: float | None = None,
-    radius: int | None = None,
-    low_threshold: float | None = None,
-    high_threshold: float | None = None,
-    factor: float | None = None,
-    entropy_bound: float | None = None,
-    whole_entropy: bool | None = None,
-    kl_threshold: float | None = None,
-    kl_history: int | None = None,
-    max_reveals: int | None = None,
-    end_gate: float | None = None,
-    expand: float | None = None,
-    warm_up: int | None = None,
-    credit_weight: float | None = None,
-    credit_power: float | None = None,
-    credit_decay: float | None = None,
-    end_floor: float | None = None,
-    sub_block_length: int | None = None,
-    delimiter: Literal["newline", "comma", "period"] | None = None,
-    delimiter_threshold: float | None = None,
-    gap_high: float | None = None,
-    gap_low: float | None = None,
-    gap_shape: Literal["linear", "cosine", "exponential"] | None = None,
-    gap_agreement: bool | None = None,
-    edit_threshold: float | None = None,
-    post_steps: int | None = None,
-    remask: Literal["cap", "rescale", "conf"] | None = None,
-    remask_rate: float | None = None,
-    ahead_threshold: float | None = None,
-    doubt: float | None = None,
-    trace: bool | None = None,
-    **kwargs: Any,
-) -> "SamplingParams":
-    """Build vLLM's `SamplingParams` with this plugin's request options.
-
-    Args:
-        strategy, steps, ..., trace: as in `DecodingOptions`; None leaves the server's
-            default.
-        **kwargs: everything else `SamplingParams` takes, `extra_args` included.
-
-    Raises:
-        OptionError: a value that no server would accept, or the same option here
-            and in `extra_args`. What depends on the server (its default strategy,
-            the block length) is checked when the request is sent.
-
-    """
-    arguments = locals()
-    from vllm import SamplingParams
-
-    given = {
-        REQUEST_PREFIX + name: arguments[name]
-        for name in decoding_limits()
-        if arguments[name] is not None
-    }
-    extra_args = dict(kwargs.pop("extra_args", None) or {})
-    for key in given.keys() & extra_args.keys():
-        raise refused(
-            key, extra_args[key], "an argument or extra_args", "is given twice"
-        )
-    extra_args |= given
-    own = _own(extra_args)
-    known = "strategy" in own
-    _decoding(own, DecodingOptions(), REQUEST_PREFIX, None, strategy_known=known)
-    return SamplingParams(extra_args=extra_args or None, **kwargs)

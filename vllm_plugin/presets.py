@@ -31,6 +31,7 @@ SLOTS = {
     "end": "what happens right of a stop token",
     "revise": "which revealed tokens are replaced or masked again",
     "ahead": "what is unmasked before its block is open",
+    "speculate": "how one forward pass serves several denoising steps",
 }
 
 FILLERS: Mapping[str, Filler] = {
@@ -147,6 +148,11 @@ FILLERS: Mapping[str, Filler] = {
         "sure tokens of the next block, while this one is open",
         {"ahead_threshold": 0.95},
     ),
+    "freedave": Filler(
+        "speculate",
+        "steps that were drafted right need no forward, same output (FreeDave)",
+        {"candidates": None},
+    ),
 }
 # A strategy may have several of these.
 _PLURAL = {"fuse"}
@@ -237,7 +243,8 @@ def compose(strategy: str) -> Composition:
 
     Args:
         strategy: names joined by "+", in any order. Without a filler for the slot
-            ``accept`` it is ``threshold``.
+            ``accept`` it is ``static`` with ``freedave`` and ``rcr``, else
+            ``threshold``.
 
     Raises:
         StrategyError: an unknown or repeated name, or fillers that exclude each other.
@@ -269,7 +276,8 @@ def compose(strategy: str) -> Composition:
             )
         chosen[slot] = name
     if "accept" not in chosen:
-        chosen["accept"] = "static" if "rcr" in names else "threshold"
+        careful = not {"rcr", "freedave"}.isdisjoint(names)
+        chosen["accept"] = "static" if careful else "threshold"
         names.append(chosen["accept"])
     if "rcr" in names and ("region" in chosen or "exit" in chosen):
         raise StrategyError(
@@ -285,6 +293,11 @@ def compose(strategy: str) -> Composition:
         raise StrategyError(
             f"names rcr and {chosen['accept']}: rcr masks again by the schedule, so it "
             "goes with static only"
+        )
+    if "speculate" in chosen and "ahead" in chosen:
+        raise StrategyError(
+            f"names {chosen['speculate']} and {chosen['ahead']}: both use the rows "
+            "behind the open block"
         )
     defaults: dict[str, Any] = {}
     for name in names:

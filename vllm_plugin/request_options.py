@@ -231,6 +231,14 @@ class DecodingOptions:
         "confidence above which a token of the next block is unmasked",
         **_PROBABILITY,
     )
+    candidates: int | None = _of(
+        "candidates",
+        "int",
+        "canvases of the request that a forward checks, its own included, at most the "
+        "server's max_candidates; unset: that; 1: no speculation",
+        low=1,
+        optional=True,
+    )
     doubt: float | None = _of_strategy(
         "float",
         "with diffusion_seed_canvas: a seeded token less probable than this is masked",

@@ -127,7 +127,10 @@ def test_trace_replays_to_the_output(engine: EngineProcess, strategy: str) -> No
     )
     trace = Trace.from_dict(answer["trace"])
     assert [token.token_id for token in trace.tokens] == answer["tokens"]
-    assert trace.num_steps == answer["forwards"]
+    if "freedave" in calls.fillers(strategy):
+        assert trace.num_steps >= answer["forwards"]
+    else:
+        assert trace.num_steps == answer["forwards"]
     last = canvas_at(trace, trace.num_steps - 1)
     assert [token for token, _ in last] == answer["tokens"]
     fillers = calls.fillers(strategy)

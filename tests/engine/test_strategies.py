@@ -132,6 +132,7 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
             torch.tensor([after]),
             torch.full((1, 4), 0.5),
             torch.tensor([4]),
+            None,
             torch.tensor([0]),
             torch.tensor([reported]),
             none,

@@ -82,3 +82,33 @@ def advance(
         step=torch.where(complete, zero, canvas.step + (width > 0)),
     )
     return state, commit
+
+
+def stay(
+    canvas: Canvas,
+    slots: torch.Tensor,
+    before: Canvas,
+    active: torch.Tensor,
+    stepped: torch.Tensor,
+    rows: torch.Tensor,
+) -> None:
+    """Undo, in place, that a step was closed, where its block has to stay in place.
+
+    It lies behind a block that was reported after the same forward, and stays there
+    even if it is complete: the next forward makes the reported block's KV final.
+
+    Args:
+        canvas: state of all slots, after the step was closed.
+        slots: int64 [requests] -> slot.
+        before: state of these slots before that.
+        active: int64 [requests, block], the active block after acceptance.
+        stepped: bool [requests], whether the step counts.
+        rows: bool [requests], which requests it is about.
+    """
+    first, _ = before.ids.chunk(2, dim=1)
+    kept = before._replace(
+        ids=torch.cat((first, active), dim=1), step=before.step + stepped
+    )
+    for field, value in zip(canvas, kept, strict=True):
+        mine = rows.unsqueeze(1) if value.dim() > 1 else rows
+        field[slots] = torch.where(mine, value, field[slots])

@@ -18,6 +18,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.engine import cpu_loops
+from vllm_unmask.engine.windows import (
+    ATTRIBUTE,
+    Windows,
+    window_metadata,
+    window_rows,
+)
 
 
 class RowPlan(NamedTuple):
@@ -50,8 +56,12 @@ def build_block_causal_metadata(
     attn_groups: list[list[AttentionGroup]],
     kv_cache_config: KVCacheConfig,
     block_length: int,
+    windows: Windows | None,
 ) -> dict[str, Any]:
     """Attention metadata of a batch under the block-causal mask.
+
+    Rows in windows are cut like the others, and see next to nothing: what they see
+    instead is added to the metadata.
 
     Returns:
         Layer name -> the backend's metadata, as ``build_attn_metadata`` does.
@@ -64,14 +74,19 @@ def build_block_causal_metadata(
     after = async_tensor_h2d(plan.after, device=device, dtype=torch.int32)
     query_start = torch.from_numpy(plan.query_start)
     upper_bound = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(plan.request)]
-    return build_attn_metadata(
+    seq_lens = input_batch.seq_lens[request] - after
+    if windows is not None:
+        starts = async_tensor_h2d(plan.query_start, device=device)
+        behind = window_rows(windows, input_batch.num_tokens)[starts[:-1].long()]
+        seq_lens = torch.where(behind, starts.diff(), seq_lens)
+    metadata = build_attn_metadata(
         attn_groups=attn_groups,
         num_reqs=len(plan.request),
         num_tokens=input_batch.num_tokens,
         query_start_loc_gpu=async_tensor_h2d(plan.query_start, device=device),
         query_start_loc_cpu=query_start,
         max_query_len=min(block_length, int(num_scheduled.max())),
-        seq_lens=input_batch.seq_lens[request] - after,
+        seq_lens=seq_lens,
         max_seq_len=int(upper_bound.max()),
         block_tables=tuple(table[request] for table in block_tables),
         slot_mappings=slot_mappings,
@@ -80,3 +95,9 @@ def build_block_causal_metadata(
         positions=input_batch.positions,
         causal=False,
     )
+    if windows is not None:
+        (table,) = block_tables
+        behind_canvas = window_metadata(windows, table, input_batch.num_tokens)
+        for of_layer in metadata.values():
+            setattr(of_layer, ATTRIBUTE, behind_canvas)
+    return metadata

@@ -37,8 +37,8 @@ class BlockLogprobs:
         num_fixed: torch.Tensor,
         rows: "DenoisingRows",
         num_logprobs: np.ndarray[Any, Any],
-        num_reqs: int,
-    ) -> LogprobsTensors | None:
+        opened: torch.Tensor | None,
+    ) -> dict[int, LogprobsTensors]:
         """Note this step's positions; return every wanting request's block.
 
         Every wanting request returns its whole block every step, its first output
@@ -52,11 +52,14 @@ class BlockLogprobs:
             num_fixed: int64 [requests], leading prompt positions of the block.
             rows: which requests of the batch these are.
             num_logprobs: int32 [requests], vLLM's count or NO_LOGPROBS.
-            num_reqs: requests of the whole batch; vLLM looks up those that
-                prefill, too.
+            opened: bool [requests], blocks that are noted but not returned: the
+                request has reported another one.
+
+        Returns:
+            Batch row -> its block.
         """
         if (num_logprobs == NO_LOGPROBS).all():
-            return None
+            return {}
         length = tokens.shape[1]
         column = torch.arange(length, device=tokens.device)
         blocks: dict[int, LogprobsTensors] = {}
@@ -72,11 +75,13 @@ class BlockLogprobs:
             )
             block = _overwrite(self.kept.get(slot, now), now, accepted[row])
             self.kept[slot] = block
+            if opened is not None and opened[row]:
+                continue
             shift = (column + num_fixed[row]).clamp(max=length - 1)
             blocks[int(rows.batch_index[row])] = LogprobsTensors(
                 *(field[shift] for field in block[:3])
             )
-        return _concatenate(blocks, num_reqs)
+        return blocks
 
 
 def _overwrite(
@@ -91,11 +96,19 @@ def _overwrite(
     )
 
 
-def _concatenate(blocks: dict[int, LogprobsTensors], num_reqs: int) -> LogprobsTensors:
+def concatenate(
+    blocks: dict[int, LogprobsTensors], num_reqs: int
+) -> LogprobsTensors | None:
     """Join blocks by batch index, padded to the widest request.
 
     Padding is token 0 at -inf, which vLLM's output processor never reports.
+
+    Args:
+        blocks: batch row -> block.
+        num_reqs: requests of the whole batch; vLLM looks up those that prefill, too.
     """
+    if not blocks:
+        return None
     width = max(block.logprob_token_ids.shape[1] for block in blocks.values())
 
     def pad(tensor: torch.Tensor, value: float) -> torch.Tensor:

@@ -29,6 +29,9 @@ COUNTERS = {
     "grammar_guard_closures": "Structured outputs that the guard had to complete.",
     "grammar_lookaheads": "Frontier tokens chosen for the sake of those after them.",
     "grammar_failures": "Requests ended by a fault inside their grammar.",
+    "speculation_forwards": "Forward passes of requests that speculate, one for each.",
+    "speculation_drafted": "Candidates that these forwards held besides canvases.",
+    "speculation_accepted": "Denoising steps taken on candidates, without a forward.",
 }
 # Upper bounds of grammar work, microseconds a request and step.
 BUCKETS = (10, 20, 50, 100, 150, 250, 500, 1000, 2500, 5000, 10000)

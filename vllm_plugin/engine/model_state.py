@@ -23,10 +23,16 @@ from vllm_unmask.engine.attention import build_block_causal_metadata
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
+from vllm_unmask.engine.speculation import Drafts, Speculating
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
 from vllm_unmask.engine.strategies import Strategies
 from vllm_unmask.engine.strategy_data import Delimiters
 from vllm_unmask.engine.tracing import Tracer
+from vllm_unmask.engine.windows import (
+    Windows,
+    attend_in_windows,
+    write_windows,
+)
 from vllm_unmask.options import (
     GRAMMAR_KEY,
     DecodingOptions,
@@ -52,6 +58,26 @@ class DenoisingRows(NamedTuple):
     width: torch.Tensor  # int64 [requests], positions of the active block, 0..L
     num_open: torch.Tensor  # int64 [requests], rows whose KV this step leaves open
     ahead: AheadRows | None  # None if no request looks ahead
+    speculating: Speculating | None  # None if no request speculates
+
+    def choose(self, index: np.ndarray[Any, Any], length: int) -> "DenoisingRows":
+        """Some of the requests, with a whole block each that nothing comes after.
+
+        Args:
+            index: int64 [n] -> row here.
+            length: positions of a block.
+        """
+        where = async_tensor_h2d(index, device=self.slots.device)
+        width = torch.full_like(where, length)
+        return DenoisingRows(
+            self.batch_index[index],
+            self.slots_np[index],
+            self.slots[where],
+            width,
+            width,
+            None,
+            None,
+        )
 
 
 class BlockDiffusionModelState(ModelState):
@@ -94,6 +120,16 @@ class BlockDiffusionModelState(ModelState):
         )
         parallel = vllm_config.parallel_config
         self.tracer = Tracer(served["traces"], parallel.rank == 0, *self.geometry)
+        self.drafts = Drafts(
+            self.max_num_reqs,
+            self.geometry,
+            served["server"]["max_candidates"],
+            self.model_config.max_model_len,
+            device,
+        )
+        if self.drafts.depth:
+            attend_in_windows(model)
+        self.windows: Windows | None = None
         self.asynchronous = vllm_config.scheduler_config.async_scheduling
         self.denoising: DenoisingRows | None = None
 
@@ -124,6 +160,7 @@ class BlockDiffusionModelState(ModelState):
             req_index, req_id, options, params, num_prompt, seeds
         )
         self.tracer.add_request(req_index, req_id, options.trace)
+        self.drafts.add_request(req_index, options)
         self.openings.add_request(
             req_index,
             req_id,
@@ -177,24 +214,61 @@ class BlockDiffusionModelState(ModelState):
         lead = np.zeros_like(known) if self.asynchronous else known // length * length
         to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
         slots = to_device(slots_np)
+        query_start = to_device(input_batch.query_start_loc_np[batch_index])
+        canvas_len = to_device(query_len)
+        windows = self.windows
+        if windows is not None:
+            # Of requests that speculate, what lies behind the open block is windows.
+            behind = to_device(np.searchsorted(batch_index, windows.requests))
+            first = windows.first_row - query_start[behind]
+            canvas_len = canvas_len.index_copy(0, behind, first)
+            write_windows(
+                windows,
+                input_batch.input_ids[: input_batch.num_tokens],
+                input_batch.positions[: input_batch.num_tokens],
+            )
         width, num_open, input_batch.logits_indices = self.states.ops.write_inputs(
             self.states.canvas,
             slots,
-            to_device(input_batch.query_start_loc_np[batch_index]),
-            to_device(query_len),
+            query_start,
+            canvas_len,
             to_device(lead),
             input_batch.input_ids,
         )
+        num_open = num_open + to_device(query_len) - canvas_len
+        logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
-        ahead = None
+        ahead = speculating = None
         if len(looking):
             end = query_len + input_batch.query_start_loc_np[batch_index]
             ahead, rows = self._read_ahead(looking, num_open, to_device(end))
-            input_batch.logits_indices = torch.cat((input_batch.logits_indices, rows))
+            logits_rows.append(rows)
+        if windows is not None:
+            speculating, rows = self._read_windows(batch_index, windows, input_batch)
+            logits_rows.append(rows)
+        if len(logits_rows) > 1:
+            input_batch.logits_indices = torch.cat(logits_rows)
         self.denoising = DenoisingRows(
-            batch_index, slots_np, slots, width, num_open, ahead
+            batch_index, slots_np, slots, width, num_open, ahead, speculating
         )
         return {}
+
+    def _read_windows(
+        self, batch_index: np.ndarray[Any, Any], windows: Windows, batch: InputBatch
+    ) -> tuple[Speculating, torch.Tensor]:
+        """The windows' logits rows.
+
+        Args:
+            batch_index: int64 [requests] -> row of the batch, those that denoise.
+            windows: of the batch.
+            batch: vLLM's.
+        """
+        width = self.drafts.depth
+        if self.device.type == "cpu":
+            width = int(windows.candidates.count.max())
+        rows = np.searchsorted(batch_index, windows.requests)
+        logits_rows = windows.logits_rows(width, batch.num_tokens)
+        return Speculating(rows, windows, width), logits_rows
 
     def _read_ahead(
         self, looking: np.ndarray[Any, Any], num_open: torch.Tensor, end: torch.Tensor
@@ -225,11 +299,16 @@ class BlockDiffusionModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        return build_block_causal_metadata(
+        self.windows = self.drafts.locate(
+            input_batch, self.states.canvas.pending, self.asynchronous
+        )
+        metadata = build_block_causal_metadata(
             input_batch,
             block_tables,
             slot_mappings,
             attn_groups,
             kv_cache_config,
             self.geometry.block_length,
+            self.windows,
         )
+        return metadata

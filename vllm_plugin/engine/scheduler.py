@@ -30,6 +30,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_unmask.engine.depth import WindowPlan
 from vllm_unmask.engine.tracing import (
     TRACE_KEY,
     VERSION,
@@ -62,6 +63,13 @@ class BlockDiffusionScheduler(Scheduler):
         self.default_options = server_options_from_dict(served["server"]).decoding
         # Requests that also unmask in their next block, which every step forwards.
         self.looking_ahead: set[str] = set()
+        # Blocks of rows behind the canvases of requests that speculate.
+        self.windows = WindowPlan(
+            served["server"]["max_candidates"] - 1,
+            self.block_length,
+            self.block_size,
+            served["server"]["adaptive_candidates"],
+        )
         # Request id -> request and strategy, of those that asked for a trace.
         self.traced: dict[str, tuple[Request, str]] = {}
         self.traces: str = served["traces"]
@@ -96,7 +104,7 @@ class BlockDiffusionScheduler(Scheduler):
         req_id = request.request_id
         second = req_id in self.pending or req_id in self.looking_ahead
         blocks = 2 if self.uniform or second else 1
-        return blocks * self.block_length
+        return (blocks + self.windows.of(req_id)) * self.block_length
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
@@ -105,6 +113,7 @@ class BlockDiffusionScheduler(Scheduler):
         )
         if "lookahead" in options.fillers:
             self.looking_ahead.add(request.request_id)
+        self.windows.add(request.request_id, options)
         if options.trace:
             self.traced[request.request_id] = (request, options.strategy)
         super().add_request(request)
@@ -119,20 +128,33 @@ class BlockDiffusionScheduler(Scheduler):
         return request.num_output_placeholders > 0
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        num_running = len(self.running)
+        self.windows.next_step(
+            num_running,
+            bool(self.waiting) and num_running < self.max_num_running_reqs,
+            self.kv_cache_manager.block_pool.get_num_free_blocks(),
+        )
         for request in self.running:
             if request.is_prefill_chunk:
                 continue
-            if not self._in_flight(request):
-                self._plan_canvas(request)
-            else:
+            if self._in_flight(request):
                 # Two blocks behind whatever is in flight.
                 owed = (
                     request.num_tokens
                     + request.num_output_placeholders
                     - request.num_computed_tokens
                 )
-                request.spec_token_ids = [-1] * (2 * self.block_length - owed)
-        return super().schedule(throttle_prefills)
+                blocks = 2 + self.windows.of(request.request_id)
+                request.spec_token_ids = [-1] * (blocks * self.block_length - owed)
+            else:
+                self._plan_canvas(request)
+        output = super().schedule(throttle_prefills)
+        if num_scheduled := output.num_scheduled_tokens:
+            decoding = (
+                num_scheduled.keys() == output.scheduled_spec_decode_tokens.keys()
+            )
+            self.windows.start(num_running, decoding and not self.rows_behind_prompt)
+        return output
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         self._open_first_blocks(scheduler_output)
@@ -183,16 +205,19 @@ class BlockDiffusionScheduler(Scheduler):
             if start + num_new_tokens >= request.num_tokens:
                 return num_new_tokens
             return num_new_tokens // length * length
+        windows = self.windows.of(request.request_id) * length
         if self._in_flight(request):
             whole = 2 * length
         else:
             room = self.max_model_len - request.num_computed_tokens
-            whole = min(self._canvas_length(request), room)
-        return num_new_tokens if num_new_tokens >= whole else 0
+            whole = min(self._canvas_length(request) - windows, room)
+        if num_new_tokens < whole:
+            return 0
+        # Windows are scheduled whole or not at all.
+        return whole + min((num_new_tokens - whole) // length * length, windows)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        # The canvas lives in the worker; schedule() plans its length.
-        return None
+        """Nothing: the canvas lives in the worker, and schedule() plans its length."""
 
     def update_draft_token_ids_in_output(
         self, draft_token_ids: DraftTokenIds, scheduler_output: SchedulerOutput
@@ -218,6 +243,8 @@ class BlockDiffusionScheduler(Scheduler):
                 self.pending.add(req_id)
             else:
                 self.pending.discard(req_id)
+        if scheduler_output.num_scheduled_tokens:
+            self.windows.finish(sum(map(len, sampled)))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.traced:
             self._add_traces(outputs)
@@ -287,6 +314,7 @@ class BlockDiffusionScheduler(Scheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.pending.discard(request.request_id)
         self.looking_ahead.discard(request.request_id)
+        self.windows.forget(request.request_id)
         aborted = request.status == RequestStatus.FINISHED_ABORTED
         if aborted and self.traced.pop(request.request_id, None):
             forget_trace(self.traces, request.request_id)
@@ -308,8 +336,7 @@ class BlockDiffusionAsyncScheduler(BlockDiffusionScheduler, AsyncScheduler):
         self.uniform = True
 
     def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
-        # The next step is planned before this one says what became of the block.
-        return None
+        """Not: the next step is planned before it is known what became of a block."""
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:

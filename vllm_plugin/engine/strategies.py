@@ -23,6 +23,8 @@ from vllm_unmask.seeds import Seeds
 
 # Not a filler that a request can name: its canvas starts with more than masks.
 SEEDED = "seeded"
+# Fillers that change how many steps a forward serves, and no step.
+SPECULATION = frozenset({"freedave"})
 # Filler -> what it remembers, as the functions of `decoding` call it.
 _MEMORY = {
     "klass": ("stability",),
@@ -62,10 +64,11 @@ class Group(NamedTuple):
 
 
 def is_plain(options: DecodingOptions, seeds: Seeds | None) -> bool:
-    """Whether the canvas operations carry out the whole strategy."""
+    """Whether the canvas operations carry out the whole of every step."""
+    steps = options.fillers - SPECULATION
     return (
-        len(options.fillers) == 1
-        and not options.fillers.isdisjoint({"static", "threshold"})
+        len(steps) == 1
+        and not steps.isdisjoint({"static", "threshold"})
         and options.value("step_sizes") == "linear"
         and seeds is None
     )

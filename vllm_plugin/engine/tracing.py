@@ -140,6 +140,7 @@ class Tracer:
         after: torch.Tensor,
         confidence: torch.Tensor,
         width: torch.Tensor,
+        closing: torch.Tensor | None,
         num_fixed: torch.Tensor,
         num_tokens: torch.Tensor,
         grammars: "Grammars",
@@ -153,6 +154,7 @@ class Tracer:
             after: int64 [requests, block], and after it.
             confidence: float32 [requests, block], of what was unmasked or edited.
             width: int64 [requests], positions of the blocks; 0 without a part in it.
+            closing: bool [requests], blocks that were complete before the step.
             num_fixed: int64 [requests], leading prompt positions of the blocks.
             num_tokens: int64 [requests], reported in this step.
             grammars: of all slots.
@@ -163,7 +165,7 @@ class Tracer:
             end = int(width[row])
             if record is None or end == 0:
                 continue
-            record.step += 1
+            record.step += closing is None or not closing[row]
             fixed, reported = int(num_fixed[row]), bool(num_tokens[row])
             old, new = before[row].tolist(), after[row].tolist()
             sure = confidence[row].tolist()

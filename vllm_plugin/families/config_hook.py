@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import vllm.envs as envs
 from vllm.config import VllmConfig
@@ -17,6 +18,7 @@ from vllm_unmask.limits import refused
 from vllm_unmask.options import (
     ServerOptions,
     parse_server_options,
+    require_candidates_fit,
     require_filter,
     require_steps_fit,
     server_options_to_dict,
@@ -25,6 +27,8 @@ from vllm_unmask.options import (
 logger = init_logger("vllm.vllm_unmask.families.config_hook")
 
 MAX_BLOCK_LENGTH = 256
+# Rows of a request that a forward checks when it speculates, unless told otherwise.
+CANDIDATE_ROWS = 128
 SCHEDULER = "vllm_unmask.engine.scheduler.create_scheduler"
 EXECUTOR = "vllm_unmask.engine.executor.OneCallExecutor"
 
@@ -40,9 +44,13 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         options = parse_server_options(vllm_config.additional_config)
         block_length = _block_length(vllm_config, options)
+        if options.max_candidates is None:
+            most = min(max(CANDIDATE_ROWS // block_length, 2), 16)
+            options = replace(options, max_candidates=most)
         mask_token_id = _mask_token_id(vllm_config, options)
         _refuse_unsupported(vllm_config)
         require_steps_fit(options.decoding, block_length)
+        require_candidates_fit(options)
 
         hf_config = vllm_config.model_config.hf_config
         hf_config.canvas_length = block_length
@@ -57,8 +65,11 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "traces": _kept(vllm_config, "traces", _new_traces),
             "filter": _filter(vllm_config, options, block_length),
         }
-        # Draft tokens of a step: at most the block and the next one.
-        vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * block_length)
+        # Draft tokens of a step: at most the block and the next one, and candidates.
+        blocks = 1 + (options.max_candidates or 1)
+        vllm_config.diffusion_config = DiffusionConfig(
+            canvas_length=blocks * block_length
+        )
         _set_page_size(vllm_config, block_length)
         _set_scheduler(vllm_config, block_length)
         _set_executor(vllm_config)

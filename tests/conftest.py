@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the kernel tests."""
+"""Settings of all tests."""
 
 from hypothesis import settings
 

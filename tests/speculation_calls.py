@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions on self-speculation that tests run beside an engine."""
+
+from typing import Any
+
+import engine_calls
+
+
+def use_random_weights(llm: Any, seed: int) -> None:
+    """Replace the model by another one of its shape, sure enough to agree at times."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    sharpness = 1 + seed % 5
+    for name, parameter in engine_calls.model_runner(llm).model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        scale = sharpness if "lm_head" in name else 1
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(values * scale * parameter.shape[-1] ** -0.5)
+    engine_calls.reset_prefix_cache(llm)
+
+
+def compare_random_models(
+    llm: Any,
+    num_models: int,
+    prompts: list[list[int]],
+    params: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Every request with and without speculation, on models of many seeds.
+
+    Even seeds run their prompts together, odd ones each alone.
+    """
+    compared = []
+    for seed in range(num_models):
+        use_random_weights(llm, seed)
+        batches = [[prompt] for prompt in prompts] if seed % 2 else [prompts]
+        for asked in params:
+            strategy = asked["extra_args"]["unmask_strategy"]
+            faster = asked["extra_args"] | {"unmask_strategy": f"{strategy}+freedave"}
+            tokens = []
+            forwards = []
+            for given in (asked, asked | {"extra_args": faster}):
+                runs = [
+                    engine_calls.generate_counting(llm, batch, given)
+                    for batch in batches
+                ]
+                tokens.append([one["tokens"] for run, _ in runs for one in run])
+                forwards.append(sum(counts["steps"] for _, counts in runs))
+            compared.append(
+                {
+                    "seed": seed,
+                    "strategy": strategy,
+                    "same": tokens[0] == tokens[1],
+                    "careful": forwards[0],
+                    "speculative": forwards[1],
+                }
+            )
+    return compared
+
+
+def generate(
+    llm: Any, prompts: list[list[int]], params: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """``engine_calls.generate``; bad words may be given as token ids."""
+    from vllm import SamplingParams
+
+    params = dict(params)
+    words = params.pop("bad_words_token_ids", None)
+    if words is None:
+        return engine_calls.generate(llm, prompts, params)
+    verify = SamplingParams.update_from_tokenizer
+
+    def update_from_tokenizer(self: Any, tokenizer: Any) -> None:
+        self._bad_words_token_ids = words
+
+    SamplingParams.update_from_tokenizer = update_from_tokenizer
+    try:
+        return engine_calls.generate(llm, prompts, params | {"bad_words": ["any"]})
+    finally:
+        SamplingParams.update_from_tokenizer = verify
+
+
+def chat_counting_forwards(
+    llm: Any, prompts: list[str], params: dict[str, Any]
+) -> tuple[list[list[int]], int]:
+    """Tokens of each prompt, one request at a time, and the forwards of all."""
+    from vllm import SamplingParams
+
+    tokens, forwards = [], 0
+    sched = engine_calls.scheduler(llm)
+    schedule = sched.schedule
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal forwards
+        output = schedule(*args, **kwargs)
+        forwards += bool(output.total_num_scheduled_tokens)
+        return output
+
+    sched.schedule = counting
+    try:
+        for prompt in prompts:
+            (output,) = llm.generate([prompt], SamplingParams(**params), use_tqdm=False)
+            tokens.append(list(output.outputs[0].token_ids))
+    finally:
+        del sched.schedule
+    return tokens, forwards

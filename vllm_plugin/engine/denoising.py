@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One denoising step of a batch of requests, from logits to canvases."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from vllm_unmask.decoding.canvas import stay
+from vllm_unmask.decoding.scoring import Scores
+from vllm_unmask.engine.bad_words import BadWords
+from vllm_unmask.engine.candidates import AHEAD_STEPS, Candidates
+from vllm_unmask.engine.grammar_step import GrammarStep, Unmasked
+from vllm_unmask.engine.logprobs import BlockLogprobs
+from vllm_unmask.engine.openings import NextBlocks
+from vllm_unmask.engine.strategy_step import StrategyStep
+
+if TYPE_CHECKING:
+    from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
+
+
+class StepLogits(NamedTuple):
+    """Logits that a step reads, and where their rows are."""
+
+    logits: torch.Tensor  # [requests * block, vocab], the open blocks
+    positions: torch.Tensor  # int64 [requests * block], absolute
+    # The same of the next blocks of those requests that look ahead.
+    ahead: torch.Tensor | None = None  # [requests that look ahead * block, vocab]
+    ahead_positions: torch.Tensor | None = None
+
+
+class Stepped(NamedTuple):
+    """What one step, or several, have done with the requests that denoise."""
+
+    tokens: torch.Tensor  # int64 [requests, block], reported, left aligned
+    num_tokens: torch.Tensor  # int64 [requests], how many of them
+    # Batch row -> log-probabilities of the open block, for the requests that want them.
+    logprobs: dict[int, LogprobsTensors]
+    scores: Scores  # each tensor [requests, block]
+    complete: torch.Tensor  # bool [requests], the block has no mask and is not held
+
+    def then(
+        self, rows: np.ndarray[Any, Any], opened: torch.Tensor, later: "Stepped"
+    ) -> "Stepped":
+        """These steps and later ones of some of the requests, in the same forward.
+
+        Args:
+            rows: int64 [n] -> row here, the requests of the later step.
+            opened: bool [n], whether it was one on a block that was not reported.
+            later: the later step.
+        """
+        index = async_tensor_h2d(rows, device=self.tokens.device)
+        tokens = torch.where(opened.unsqueeze(1), self.tokens[index], later.tokens)
+        num_tokens = torch.where(opened, self.num_tokens[index], later.num_tokens)
+        scores = zip(self.scores, later.scores, strict=True)
+        return Stepped(
+            self.tokens.index_copy(0, index, tokens),
+            self.num_tokens.index_copy(0, index, num_tokens),
+            self.logprobs | later.logprobs,
+            Scores(*(x.index_copy(0, index, y) for x, y in scores)),
+            self.complete.index_copy(0, index, later.complete),
+        )
+
+
+class Stepper:
+    """Carries out denoising steps.
+
+    Args:
+        base: vLLM's sampler, whose per-slot sampling parameters hold.
+        model_state: canvases, strategies, grammars and so on of the slots.
+    """
+
+    def __init__(self, base: Sampler, model_state: "BlockDiffusionModelState") -> None:
+        self.states = model_state.states
+        self.canvas = self.states.canvas
+        self.geometry = model_state.geometry
+        self.sampling_states = base.sampling_states
+        self.logit_bias = next(
+            processor
+            for processor in base.logits_processors
+            if isinstance(processor, LogitBiasState)
+        )
+        self.bad_words = BadWords(self.states, base.req_states)
+        self.logprobs = BlockLogprobs(base.logprobs_mode == "raw_logits")
+        self.grammars = model_state.grammars
+        self.strategies = model_state.strategies
+        self.openings = model_state.openings
+        self.candidates = Candidates(self.sampling_states, self.states)
+        self.tracer = model_state.tracer
+
+    def step(
+        self,
+        inputs: StepLogits,
+        rows: "DenoisingRows",
+        closing: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
+    ) -> Stepped:
+        """Score, accept, write, commit.
+
+        Args:
+            inputs: logits; those of the mask are banned here, in place.
+            rows: the requests.
+            closing: bool [requests], blocks that are complete and wait for their
+                report: nothing but that happens to them.
+            opened: bool [requests], blocks behind one that this forward has reported:
+                they are not reported, even if the step completes them.
+        """
+        mask_id = self.geometry.mask_token_id
+        ops, canvas = self.states.ops, self.canvas
+        if closing is not None:
+            rows, whole = rows._replace(width=rows.width.where(~closing, 0)), rows.width
+        active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
+
+        # MASK is never a prediction: a revealed mask would loop forever.
+        raw_logits, positions = inputs.logits, inputs.positions
+        raw_logits[:, mask_id] = -torch.inf
+        worded = self.bad_words.concern(rows)
+        members = self.grammars.members(rows.slots_np)
+        grammar = GrammarStep(self.grammars, members) if members else None
+        groups = self.strategies.groups(rows.slots_np)
+        fused = any("credit" in group.fillers for group in groups)
+        logits = self._apply_biases(
+            raw_logits, positions, rows, active, worded, grammar, fused
+        )
+        strategy, device = None, active.device
+        if groups:
+            strategy = StrategyStep(
+                self.strategies,
+                self.openings,
+                groups,
+                canvas,
+                rows,
+                active,
+                masked,
+                positions,
+                self.sampling_states,
+                None if grammar is None else grammar.first_live(len(active), device),
+            )
+            strategy.read(logits)
+        scores = self.candidates.score(
+            logits,
+            positions,
+            rows.slots_np,
+            rows.slots,
+            known=None if strategy is None else strategy.known,
+        )
+        accepted = ops.accept(
+            canvas,
+            self.states.strategy,
+            rows.slots,
+            rows.width,
+            masked,
+            scores.confidence,
+            scores.order,
+        )
+        before, early, hold = active, None, None
+        if strategy is not None:
+            before, scores, accepted, early, hold = strategy.decide(scores, accepted)
+        if worded:
+            accepted = self.bad_words.withdraw(accepted, scores, before, rows)
+        if grammar is None:
+            after = torch.where(accepted, scores.tokens, before)
+            done = Unmasked(after, scores.tokens, accepted, rows.width, [])
+        else:
+            temperature = self.sampling_states.temperature.np[rows.slots_np]
+            done = grammar.verify(before, scores, accepted, rows.width, temperature)
+        num_fixed = canvas.num_fixed[rows.slots]
+        fresh, chosen = done.accepted, done.tokens
+        if early is not None:
+            # Seeded and edited tokens are told as well.
+            fresh = fresh | early | (done.active != active)
+            chosen = torch.where(done.active == mask_id, done.tokens, done.active)
+        logprobs = self.logprobs.collect(
+            raw_logits,
+            chosen,
+            fresh,
+            num_fixed,
+            rows,
+            self.sampling_states.num_logprobs[rows.slots_np],
+            opened,
+        )
+        width = done.width
+        following = None
+        if strategy is not None:
+            hold = strategy.held(hold, done.active, grammar)
+            width = torch.where(hold, 0, width)
+            if opened is None:
+                following = self._next_blocks(rows, strategy, inputs)
+        if closing is not None:
+            width = width.where(~closing, whole)
+        tokens, num_tokens, complete = self._close(rows, width, done.active, opened)
+        if self.tracer.concern(rows):
+            self.tracer.observe(
+                rows,
+                active,
+                done.active,
+                scores.confidence,
+                done.width if closing is None else done.width.where(~closing, whole),
+                closing,
+                num_fixed,
+                num_tokens,
+                self.grammars,
+                following,
+            )
+        if strategy is not None:
+            # A block without a row does not count the step; a held one had its rows.
+            canvas.step[rows.slots] += hold
+            if following is not None:
+                following.write()
+        for row in done.failed:
+            # The mask is never an output: the scheduler ends the request with an
+            # error when it meets one.
+            tokens[row, 0] = mask_id
+            num_tokens[row] = 1
+        return Stepped(tokens, num_tokens, logprobs, scores, complete)
+
+    def open_blocks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Open blocks and their masked positions, each [requests, block].
+
+        Args:
+            slots: int64 [requests] -> request slot, of whole blocks.
+        """
+        length, mask_id = self.geometry
+        width = torch.full_like(slots, length)
+        return self.states.ops.open_blocks(self.canvas, slots, width, mask_id)
+
+    def _close(
+        self,
+        rows: "DenoisingRows",
+        width: torch.Tensor,
+        after: torch.Tensor,
+        opened: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Write the blocks; report those that are complete.
+
+        Returns:
+            Reported tokens int64 [requests, block], their number int64 [requests], and
+            whether the blocks are complete, reported or not, bool [requests].
+        """
+        mask_id, canvas = self.geometry.mask_token_id, self.canvas
+        before = None if opened is None else self.states.gather(rows.slots)
+        tokens, num_tokens = self.states.ops.close_blocks(
+            canvas, rows.slots, width, after, mask_id
+        )
+        complete = canvas.pending[rows.slots]
+        if opened is not None and before is not None:
+            stay(canvas, rows.slots, before, after, width > 0, opened)
+            num_tokens = num_tokens.where(~opened, 0)
+        return tokens, num_tokens, complete
+
+    def _next_blocks(
+        self, rows: "DenoisingRows", strategy: StrategyStep, inputs: StepLogits
+    ) -> NextBlocks | None:
+        """What follows the open blocks where that is more than masks."""
+        opens = self.strategies.opens(rows.slots_np)
+        if not opens.any():
+            return None
+        chosen = np.flatnonzero(opens)
+        following = NextBlocks(self.openings, self.canvas, rows, chosen, strategy.start)
+        if rows.ahead is not None:
+            assert inputs.ahead is not None and inputs.ahead_positions is not None
+            slots_np = rows.slots_np[rows.ahead.rows]
+            logits = inputs.ahead.float()
+            logits[:, self.geometry.mask_token_id] = -torch.inf
+            self.grammars.silence(logits, slots_np)
+            slots = rows.slots[async_tensor_h2d(rows.ahead.rows, device=logits.device)]
+            scores = self.candidates.score(
+                logits, inputs.ahead_positions, slots_np, slots, AHEAD_STEPS
+            )
+            following.unmask(
+                np.searchsorted(chosen, rows.ahead.rows),
+                rows.ahead.width,
+                scores,
+                self.strategies.threshold_ahead(slots_np),
+            )
+        return following
+
+    def _apply_biases(
+        self,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        rows: "DenoisingRows",
+        active: torch.Tensor,
+        worded: bool,
+        grammar: GrammarStep | None,
+        fused: bool,
+    ) -> torch.Tensor:
+        """Logit bias, allowed tokens, min_tokens, bad words, grammar, in float32."""
+        biased = self.logit_bias.use_logit_bias[rows.slots_np].any()
+        if not biased and not worded and grammar is None and not fused:
+            return logits.float()
+        # A copy: log-probabilities are reported from the model's own logits.
+        logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
+        if biased:
+            length = self.geometry.block_length
+            slots = rows.slots.repeat_interleave(length)
+            context = LogitsContext(
+                expanded_idx_mapping=slots,
+                idx_mapping=rows.slots,
+                idx_mapping_np=rows.slots_np,
+                expanded_local_pos=torch.zeros_like(slots, dtype=torch.int32),
+                input_ids=active.reshape(-1),
+                # vLLM's row i scores token i + 1, ours scores token i.
+                pos=positions - 1,
+                seq_lens_upper_bound_np=np.zeros(0, dtype=np.int32),
+            )
+            logits = self.logit_bias.apply(logits, context)
+        if worded:
+            self.bad_words.ban(logits, active, rows)
+        if grammar is not None:
+            grammar.constrain(logits)
+        return logits

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far to speculate: as far as it has been paying, by the clock.
+
+Windows cost rows. Next to a small batch these are nearly free; next to a large one they
+are not, and how many steps a forward then saves depends on the text. So several depths
+are tried, each for some steps, and the one with the most tokens a second is kept. What
+did not pay is tried again after ever longer times.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from vllm_unmask.options import DecodingOptions
+
+# Steps that a depth is tried or kept before the next choice.
+_TRIAL = 12
+# Trials after which a depth that did not pay is tried again: at first, and at most.
+_SOON, _LATE = 8, 256
+# Weight of what was measured before, when a trial ends.
+_MEMORY = 0.7
+
+
+@dataclass
+class _Arm:
+    """One depth at one load."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    pause: int = _SOON  # trials until it is tried again, once it has not paid
+    due: int = 0  # trial from which that may happen
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Depth:
+    """Chooses how many windows a request may have, step by step.
+
+    Args:
+        most: windows that a request may have.
+        clock: seconds.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = perf_counter) -> None:
+        self.arms = sorted({0, most} | {n for n in (1, 3, 7) if n < most})
+        self.clock = clock
+        # Load, a power of two of running requests -> depth -> what it brought.
+        self.tried: dict[int, dict[int, _Arm]] = {}
+        self.trials: dict[int, int] = {}
+        self.current: dict[int, int] = {}
+        self.left: dict[int, int] = {}
+        # Load, depth and start of the steps under way; None for one that is no measure.
+        self.under_way: deque[tuple[int, int, float] | None] = deque()
+        self.finished = 0.0
+
+    def choose(self, num_running: int) -> int:
+        """Windows of a request in the next step.
+
+        Args:
+            num_running: requests that share it.
+        """
+        load = num_running.bit_length()
+        if self.left.get(load, 0) <= 0:
+            self._next(load)
+        return self.current[load]
+
+    def _next(self, load: int) -> None:
+        arms = self.tried.setdefault(load, {depth: _Arm() for depth in self.arms})
+        trial = self.trials[load] = self.trials.get(load, 0) + 1
+        best = max(arms, key=lambda depth: arms[depth].rate)
+        last = self.current.get(load)
+        if last is not None and last != best:
+            arms[last].due = trial + arms[last].pause
+            arms[last].pause = min(2 * arms[last].pause, _LATE)
+        arms[best].pause = _SOON
+        waiting = [depth for depth in arms if depth != best and arms[depth].due < trial]
+        chosen = waiting[0] if waiting else best
+        self.current[load], self.left[load] = chosen, _TRIAL
+        if arms[chosen].seconds:
+            arms[chosen].tokens *= _MEMORY
+            arms[chosen].seconds *= _MEMORY
+
+    def start(self, num_running: int, depth: int, measured: bool) -> None:
+        """A step begins.
+
+        Args:
+            num_running: as in `choose`.
+            depth: what that said.
+            measured: whether the step is what most are: no prompt in it.
+        """
+        step = (num_running.bit_length(), depth, self.clock()) if measured else None
+        self.under_way.append(step)
+
+    def finish(self, num_tokens: int) -> None:
+        """The oldest step under way ends.
+
+        Args:
+            num_tokens: what it reported, of all requests.
+        """
+        step = self.under_way.popleft() if self.under_way else None
+        now = self.clock()
+        if step is not None:
+            load, depth, started = step
+            arm = self.tried[load][depth]
+            arm.tokens += num_tokens
+            arm.seconds += now - max(started, self.finished)
+            if depth == self.current[load]:
+                self.left[load] -= 1
+        self.finished = now
+
+
+class WindowPlan:
+    """Windows of every request that speculates, in the next step.
+
+    Args:
+        most: windows that a request may have.
+        block_length: rows of a window.
+        page_size: tokens of a KV page.
+        adaptive: follow what they bring.
+    """
+
+    def __init__(
+        self, most: int, block_length: int, page_size: int, adaptive: bool
+    ) -> None:
+        self.most = most
+        self.pages = 1 + most * block_length // page_size
+        self.depth = Depth(most) if adaptive else None
+        self.wanted: dict[str, int] = {}  # request id -> windows that it asks for
+        self.allowed = most
+        self.measured = False
+
+    def add(self, req_id: str, options: DecodingOptions) -> None:
+        """A request has arrived."""
+        if "freedave" in options.fillers and self.most:
+            candidates = options.value("candidates") or self.most + 1
+            self.wanted[req_id] = candidates - 1
+
+    def forget(self, req_id: str) -> None:
+        """A request has left."""
+        self.wanted.pop(req_id, None)
+
+    def of(self, req_id: str) -> int:
+        """Windows of a request in the step that is being planned."""
+        return min(self.wanted.get(req_id, 0), self.allowed)
+
+    def next_step(self, num_running: int, waiting: bool, free_pages: int) -> None:
+        """Plan a step.
+
+        Args:
+            num_running: requests that share it.
+            waiting: whether others wait for something that these have.
+            free_pages: KV pages of nobody. A window must make no request leave.
+        """
+        affordable = not waiting and free_pages >= len(self.wanted) * self.pages
+        self.allowed = self.most if affordable else 0
+        self.measured = bool(self.wanted) and affordable and self.depth is not None
+        if self.measured and self.depth is not None:
+            self.allowed = self.depth.choose(num_running)
+
+    def start(self, num_running: int, usual: bool) -> None:
+        """The step begins; `usual` without a prompt in it."""
+        if self.depth is not None:
+            self.depth.start(num_running, self.allowed, usual and self.measured)
+
+    def finish(self, num_tokens: int) -> None:
+        """The oldest step under way ends and has reported so many tokens."""
+        if self.depth is not None:
+            self.depth.finish(num_tokens)

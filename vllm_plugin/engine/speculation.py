@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-speculation: several denoising steps of a request from one forward pass.
+
+After a step, candidates for the outcomes of the next ones are drafted from its scores
+(`decoding.drafting`). The next forward holds them in windows behind the canvas. When a
+step's outcome is one of them, the next step is carried out at once, on that window's
+logits, by the same code and with the same state as any other step. So the output is
+that of the strategy without speculation, whatever the strategy, the sampling
+parameters and the grammar are, as far as a row's logits do not depend on the batch.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_unmask.decoding import drafting
+from vllm_unmask.decoding.drafting import Candidates
+from vllm_unmask.decoding.scoring import Scores
+from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
+from vllm_unmask.engine.states import BlockGeometry
+from vllm_unmask.engine.windows import Windows
+from vllm_unmask.options import DecodingOptions
+
+if TYPE_CHECKING:
+    from vllm_unmask.engine.model_state import DenoisingRows
+
+
+class Speculating(NamedTuple):
+    """The denoising requests of a step that speculate."""
+
+    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of the denoising requests
+    windows: Windows
+    width: int  # windows of each that have logits
+
+
+class Drafts:
+    """Candidates of every request slot.
+
+    Args:
+        max_num_reqs: request slots.
+        geometry: the model's blocks.
+        max_candidates: canvases of a request that a forward may check, its own
+            included.
+        max_model_len: positions of a request.
+        device: of the canvases.
+    """
+
+    def __init__(
+        self,
+        max_num_reqs: int,
+        geometry: BlockGeometry,
+        max_candidates: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.geometry = geometry
+        self.depth = max_candidates - 1
+        self.max_model_len = max_model_len
+        self.device = device
+        # Windows that a slot's request asks for, 0 for one that does not speculate.
+        self.limit = np.zeros(max_num_reqs, np.int64)
+        self.scheduled = np.zeros(max_num_reqs, np.bool_)
+        # Every field: request slot -> value.
+        self.candidates = Candidates(
+            torch.zeros(
+                (max_num_reqs, self.depth, geometry.block_length),
+                dtype=torch.int64,
+                device=device,
+            ),
+            *torch.zeros((3, max_num_reqs), dtype=torch.int64, device=device),
+        )
+        # bool: complete since a step on a window, reported by the next forward.
+        self.closing = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
+        self.any_closing = False  # on the host: whether there may be one
+
+    def add_request(self, slot: int, options: DecodingOptions) -> None:
+        """Take over a slot."""
+        self.limit[slot] = 0
+        if "freedave" in options.fillers:
+            wanted = options.value("candidates") or self.depth + 1
+            self.limit[slot] = min(wanted - 1, self.depth)
+        # Of a plain rule without a threshold, the schedule says what comes.
+        self.scheduled[slot] = "static" in options.fillers
+        self.candidates.count[slot] = 0
+        self.closing[slot] = False
+
+    def locate(
+        self, input_batch: InputBatch, pending: torch.Tensor, asynchronous: bool
+    ) -> Windows | None:
+        """Where the windows of a batch are, for the requests that speculate.
+
+        The query of such a request is its canvas, ``[complete block | open block]`` or
+        the open block alone, and then windows, as many as the scheduler gave it.
+
+        Args:
+            input_batch: vLLM's batch.
+            pending: bool [slots], whether a complete block is in front.
+            asynchronous: scheduling with a step in flight.
+        """
+        num_drafts = input_batch.num_draft_tokens_per_req
+        if num_drafts is None or not self.limit.any():
+            return None
+        length = self.geometry.block_length
+        slots_np = input_batch.idx_mapping_np
+        index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
+        if not len(index_np):
+            return None
+        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
+        slots = to_device(slots_np[index_np])
+        first = to_device(input_batch.query_start_loc_np[index_np])
+        query_len = to_device(input_batch.num_scheduled_tokens[index_np])
+        canvas = torch.minimum((1 + pending[slots]) * length, query_len)
+        if not asynchronous:
+            # A canvas behind the rest of its prompt comes without windows.
+            known = query_len - to_device(num_drafts[index_np])
+            behind = (known >= length) & ~pending[slots]
+            canvas = torch.where(behind, query_len, canvas)
+        room = (query_len - canvas) // length
+        if self.device.type == "cpu" and not room.any():
+            # Guesses are about the block that was open when they were made.
+            self.candidates.count[slots] = 0
+            return None
+        fitting = Candidates(*(field[slots] for field in self.candidates)).up_to(room)
+        start = input_batch.positions[first] + canvas - length
+        return Windows(index_np, first + canvas, query_len - canvas, start, fitting)
+
+    def take_closing(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """Which blocks wait for nothing but their report, bool [requests].
+
+        Args:
+            slots: int64 [requests] -> request slot, those that denoise now.
+        """
+        if not self.any_closing:
+            return None
+        closing = self.closing[slots]
+        self.closing[slots] = False
+        return closing
+
+    def follow(
+        self,
+        stepper: Stepper,
+        speculating: Speculating,
+        logits: torch.Tensor,
+        rows: "DenoisingRows",
+        start: torch.Tensor,
+        stepped: Stepped,
+    ) -> Stepped:
+        """Carry out the steps whose logits are there, and draft for the next forward.
+
+        Args:
+            stepper: carries out one step.
+            speculating: the requests concerned.
+            logits: [requests * width * block, vocab], of their windows.
+            rows: all requests that denoise.
+            start: int64 [requests that denoise], absolute position of the open blocks.
+            stepped: what the step on the canvases has done.
+
+        Returns:
+            All steps of this forward together.
+        """
+        length = self.geometry.block_length
+        index, candidates = speculating.rows, speculating.windows.candidates
+        where = async_tensor_h2d(index, device=self.device)
+        slots, start = rows.slots[where], start[where]
+        candidates = candidates._replace(ids=candidates.ids[:, : speculating.width])
+        logits = logits.view(len(index), speculating.width, length, logits.shape[1])
+        column = torch.arange(length, device=self.device)
+        canvas, counters = stepper.canvas, stepper.grammars.counters
+        used = torch.zeros(logits.shape[:2], dtype=torch.bool, device=self.device)
+        inside = torch.zeros_like(slots, dtype=torch.bool)
+        closing = inside
+        num_accepted = 0
+        while speculating.width:
+            found = drafting.find(
+                candidates,
+                used,
+                stepper.open_blocks(slots)[0],
+                canvas.ids[slots, :length],
+                canvas.pending[slots],
+            )
+            chosen = np.flatnonzero((found >= 0).cpu().numpy())
+            if not len(chosen):
+                break
+            num_accepted += len(chosen)
+            which = async_tensor_h2d(chosen, device=self.device)
+            opened = canvas.pending[slots[which]]
+            begin = start[which] + torch.where(opened, length, 0)
+            later = stepper.step(
+                StepLogits(
+                    logits[which, found[which]].flatten(0, 1),
+                    (begin.unsqueeze(1) + column).view(-1),
+                ),
+                rows.choose(index[chosen], length),
+                opened=opened,
+            )
+            stepped = stepped.then(index[chosen], opened, later)
+            used[which, found[which]] = True
+            inside = inside.index_copy(0, which, opened)
+            closing = closing.index_copy(0, which, opened & later.complete)
+        counters.add("speculation_forwards", len(index))
+        counters.add("speculation_drafted", int(candidates.count.sum()))
+        counters.add("speculation_accepted", num_accepted)
+        self.closing[slots] = closing
+        self.any_closing = self.device.type != "cpu" or bool(self.closing.any())
+        pending = canvas.pending[slots]
+        start = start + torch.where(pending, length, 0)
+        scores = Scores(*(x[where] for x in stepped.scores))
+        # Logits of a next block that was opened behind another guess are no base for a
+        # step, but one for a guess. Without any there is nothing to draft from.
+        stale = pending & ~inside & (candidates.opening >= 0)
+        stale &= candidates.opening < speculating.width
+        chosen = np.flatnonzero(stale.cpu().numpy())
+        if len(chosen):
+            which = async_tensor_h2d(chosen, device=self.device)
+            flat = logits[which, candidates.opening[which]].flatten(0, 1).float()
+            flat[:, self.geometry.mask_token_id] = -torch.inf
+            guessed = stepper.candidates.score(
+                flat,
+                (start[which].unsqueeze(1) + column).view(-1),
+                rows.slots_np[index[chosen]],
+                slots[which],
+            )
+            pairs = zip(scores, guessed, strict=True)
+            scores = Scores(*(x.index_copy(0, which, y) for x, y in pairs))
+        known = inside | stale | ~pending
+        self._draft(stepper, rows.slots_np[index], slots, scores, known, start)
+        return stepped
+
+    def _draft(
+        self,
+        stepper: Stepper,
+        slots_np: np.ndarray[Any, Any],
+        slots: torch.Tensor,
+        scores: Scores,
+        known: torch.Tensor,
+        start: torch.Tensor,
+    ) -> None:
+        """Candidates for the next forward.
+
+        Args:
+            stepper: has the canvases.
+            slots_np: int64 [requests] -> request slot.
+            slots: the same on the device.
+            scores: each tensor [requests, block], of the last step.
+            known: bool [requests], whether these are of the open block.
+            start: int64 [requests], absolute position of the open block.
+        """
+        length, mask_id = self.geometry
+        ids, masked = stepper.open_blocks(slots)
+        canvas, num_steps = stepper.canvas, stepper.states.strategy.num_steps
+        total = torch.minimum(canvas.num_masks, length - canvas.num_fixed)[slots]
+        scheduled = async_tensor_h2d(self.scheduled[slots_np], device=self.device)
+        counts = drafting.schedule_counts(
+            total, num_steps[slots], canvas.step[slots], self.depth
+        )
+        limit = async_tensor_h2d(self.limit[slots_np], device=self.device)
+        # A bad word may begin in the block before, which is not told yet.
+        worded = [slot in stepper.bad_words.words for slot in slots_np.tolist()]
+        fits = start + 2 * length <= self.max_model_len
+        may_open = fits & ~torch.tensor(worded, device=self.device)
+        # A block that is kept open for edits may still change.
+        may_open &= masked.any(dim=1) | self.closing[slots]
+        drafts = drafting.draft(
+            ids,
+            masked,
+            scores.tokens,
+            drafting.sureness(scores.order, stepper.states.order.gpu[slots]),
+            counts * scheduled.unsqueeze(1),
+            torch.where(known, limit, 0),
+            may_open,
+            mask_id,
+            self.depth,
+        )
+        for kept, new in zip(self.candidates, drafts, strict=True):
+            kept[slots] = new
