@@ -15,8 +15,8 @@ from vllm_unmask.grammar.parsing import Parse, Parser
 from vllm_unmask.grammar.vocabulary import Vocabulary
 
 
-class Closer:
-    """Witnesses of one compiled grammar; shared by the requests that use it.
+class Closer(Parser):
+    """Parses and witnesses of one compiled grammar, for the requests that use it.
 
     Not to be used by two threads at a time.
 
@@ -32,24 +32,16 @@ class Closer:
     def __init__(
         self, compiled: xgrammar.CompiledGrammar, vocabulary: Vocabulary
     ) -> None:
-        self._parser = Parser(compiled.grammar)
+        super().__init__(compiled.grammar)
         self._ids, self._longest = _spelling(vocabulary)
         # Every completion can be spelled, in at most as many tokens as bytes.
-        needed = sorted(self._parser.shortest_bytes)
+        needed = sorted(self.shortest_bytes)
         self.spells_bytes = bool((vocabulary.byte_ids[needed] >= 0).all())
-
-    def start(self) -> Parse:
-        """The parse of the empty output."""
-        return self._parser.start()
-
-    def advance(self, parse: Parse, text: bytes) -> Parse | None:
-        """The parse after one more token, None if the grammar has no such output."""
-        return self._parser.advance(parse, text)
 
     def witness(self, parse: Parse) -> tuple[int, ...] | None:
         """Tokens that complete an output, None if no tokens spell such a text."""
         if parse.witness is None and parse.distance < UNREACHABLE:
-            parse.witness = self._spell(self._parser.shortest(parse))
+            parse.witness = self._spell(self.shortest(parse))
         return parse.witness
 
     def _spell(self, text: bytes) -> tuple[int, ...] | None:

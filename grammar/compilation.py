@@ -78,7 +78,7 @@ class GrammarCompilers:
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._tasks: queue.SimpleQueue[GrammarSpec | None] = queue.SimpleQueue()
-        self._pending: dict[str, Compilation] = {}
+        self._pending: dict[GrammarSpec, Compilation] = {}
         self._cache = _Cache(limits)
 
     def start(self) -> None:
@@ -103,18 +103,18 @@ class GrammarCompilers:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the compilers are closed")
-            if (pending := self._pending.get(spec.key)) is not None:
+            if (pending := self._pending.get(spec)) is not None:
                 return pending
             future: Compilation = Future()
             future.set_running_or_notify_cancel()
-            if (found := self._cache.get(spec.key)) is not None:
+            if (found := self._cache.get(spec)) is not None:
                 _resolve(future, spec, found)
             elif len(self._pending) >= self._processes + self._limits.waiting:
                 expected = f"at most {self._limits.waiting} that wait, try again later"
                 found = Refusal("has too many grammars before it", expected)
                 _resolve(future, spec, found)
             else:
-                self._pending[spec.key] = future
+                self._pending[spec] = future
                 self._tasks.put(spec)
             return future
 
@@ -146,7 +146,7 @@ class GrammarCompilers:
             with self._lock:
                 if not isinstance(result, RuntimeError):
                     self._cache.put(spec, result)
-                future = self._pending.pop(spec.key)
+                future = self._pending.pop(spec)
             _resolve(future, spec, result)
 
 
@@ -163,37 +163,38 @@ def _resolve(
 
 
 class _Cache:
-    """Results by key: the latest used that fit, refusals for a while only."""
+    """Results: the latest used that fit, refusals for a while only."""
 
     def __init__(self, limits: GrammarLimits) -> None:
         self._limits = limits
-        self._results: OrderedDict[str, tuple[Result, float, int]] = OrderedDict()
+        self._results: OrderedDict[GrammarSpec, tuple[Result, float, int]]
+        self._results = OrderedDict()
         self.num_bytes = 0
 
-    def get(self, key: str) -> Result | None:
+    def get(self, spec: GrammarSpec) -> Result | None:
         """The result, None if there is none any more."""
-        result, expiry, _ = self._results.get(key, (None, 0.0, 0))
+        result, expiry, _ = self._results.get(spec, (None, 0.0, 0))
         if result is not None and time.monotonic() > expiry:
-            self._drop(key)
+            self._drop(spec)
             return None
         if result is not None:
-            self._results.move_to_end(key)
+            self._results.move_to_end(spec)
         return result
 
     def put(self, spec: GrammarSpec, result: Result) -> None:
         """Remember a result and forget the oldest ones that do not fit."""
-        size, expiry = _ENTRY_BYTES, math.inf
+        size, expiry = _ENTRY_BYTES + len(spec.text), math.inf
         if isinstance(result, CompiledSpec):
-            size += len(spec.text) + 8 * len(result.closing)
+            size += 8 * len(result.closing)
         else:
             expiry = time.monotonic() + self._limits.refusal_seconds
-        self._results[spec.key] = (result, expiry, size)
+        self._results[spec] = (result, expiry, size)
         self.num_bytes += size
         while self.num_bytes > self._limits.cache_bytes:
             self._drop(next(iter(self._results)))
 
-    def _drop(self, key: str) -> None:
-        self.num_bytes -= self._results.pop(key)[2]
+    def _drop(self, spec: GrammarSpec) -> None:
+        self.num_bytes -= self._results.pop(spec)[2]
 
 
 class _Worker:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an admitted grammar to one that matches tokens.
 
-A compiled grammar travels as its source, not as `CompiledGrammar.serialize_json`:
-xgrammar 0.2.8 writes the automaton of the whole grammar once for every rule of it.
-For 24 nullable strings with a maxLength that is 136 MB of JSON, 5.5 s to write and
-2.2 s to read back into as many copies, where compiling takes 0.08 s (vocabulary of
-512; with 150,000 tokens 184 MB, 5.0 s, 2.3 s and 8 s).
+A compiled grammar travels to the model's process as its source, not as
+`CompiledGrammar.serialize_json`: xgrammar 0.2.8 writes the automaton of the whole
+grammar once for every rule of it. For 24 nullable strings with a maxLength that is
+136 MB of JSON, 5.5 s to write and 2.2 s to read back into as many copies, where
+compiling takes 0.08 s (vocabulary of 512; with 150,000 tokens 184 MB, 5.0 s, 2.3 s and
+8 s).
 """
 
-import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -31,17 +31,6 @@ class CompiledSpec(NamedTuple):
     """Memory of the compiled grammar."""
     seconds: float
     """Time that compiling took, the search for `closing` included."""
-
-    @property
-    def payload(self) -> bytes:
-        """The grammar as bytes, for the process that runs the model."""
-        return json.dumps(self).encode()
-
-    @classmethod
-    def from_payload(cls, payload: bytes) -> "CompiledSpec":
-        """The grammar that `payload` came from."""
-        spec, closing, num_bytes, seconds = json.loads(payload)
-        return cls(GrammarSpec(*spec), tuple(closing), num_bytes, seconds)
 
 
 def compile_spec(
@@ -90,9 +79,16 @@ class GrammarLoader:
         self._cache_bytes = cache_bytes
         self._num_bytes = 0
         self._lock = threading.Lock()
-        self._grammars: OrderedDict[str, Future[LoadedGrammar]] = OrderedDict()
+        self._grammars: OrderedDict[GrammarSpec, Future[LoadedGrammar]] = OrderedDict()
 
-    def load(self, compiled: CompiledSpec) -> LoadedGrammar:
+    def find(self, spec: GrammarSpec) -> "Future[LoadedGrammar] | None":
+        """The grammar if it is here or being compiled, without waiting for it."""
+        with self._lock:
+            if spec in self._grammars:
+                self._grammars.move_to_end(spec)
+            return self._grammars.get(spec)
+
+    def load(self, spec: GrammarSpec) -> LoadedGrammar:
         """The grammar, ready for a matcher. Blocks while it compiles.
 
         Raises:
@@ -100,25 +96,22 @@ class GrammarLoader:
             ValueError: its outputs cannot be closed.
 
         """
-        key = compiled.spec.key
         with self._lock:
-            future = self._grammars.get(key)
-            if waits := future is not None:
-                self._grammars.move_to_end(key)
-            else:
-                future = self._grammars[key] = Future()
-        if waits:
+            known = spec in self._grammars
+            future = self._grammars.setdefault(spec, Future())
+            self._grammars.move_to_end(spec)
+        if known:
             return future.result()
-        vocabulary = self._vocabulary.of(compiled.spec.kind)
+        vocabulary = self._vocabulary.of(spec.kind)
         # One of its own: its cache shares masks between equal rules of a grammar,
         # but would keep every grammar a second time.
         compiler = xgrammar.GrammarCompiler(vocabulary.info, max_threads=1)
         try:
-            grammar = compile_spec(compiler, compiled.spec)
+            grammar = compile_spec(compiler, spec)
             loaded = LoadedGrammar(grammar, Closer(grammar, vocabulary), vocabulary)
         except Exception as error:
             with self._lock:
-                del self._grammars[key]
+                del self._grammars[spec]
             future.set_exception(error)
             raise
         with self._lock:
@@ -129,9 +122,9 @@ class GrammarLoader:
 
     def _evict(self) -> None:
         """Drop the oldest grammars that are ready, except for the newest of them."""
-        ready = [key for key, future in self._grammars.items() if future.done()]
-        for key in ready[:-1]:
+        ready = [spec for spec, future in self._grammars.items() if future.done()]
+        for spec in ready[:-1]:
             if self._num_bytes <= self._cache_bytes:
                 break
-            grammar = self._grammars.pop(key).result().compiled
+            grammar = self._grammars.pop(spec).result().compiled
             self._num_bytes -= grammar.memory_size_bytes

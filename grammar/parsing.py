@@ -16,8 +16,8 @@ from vllm_unmask.grammar.network import UNREACHABLE, Network
 # more; its parse is then lost, and the output ends by the witness that it has.
 _MAX_WORK = 5_000
 
-# Parses that one memo holds, at some 500 bytes each.
-_MAX_PARSES = 50_000
+# Parses and texts that one memo holds, at some 500 bytes each.
+_MAX_MEMO = 50_000
 
 # A node that reads a byte, and where its rule returns to.
 Configuration: TypeAlias = "tuple[int, Frame]"
@@ -45,7 +45,8 @@ class Parse:
         self.configurations = configurations  # empty if no byte may follow
         self.complete = complete  # the output may end here
         self.distance = distance  # fewest bytes to its end, or >= UNREACHABLE
-        self.following: dict[int, Parse | None] = {}
+        # By a byte, and by the text of a token: most are followed many times.
+        self.following: dict[int | bytes, Parse | None] = {}
         self.witness: tuple[int, ...] | None = None  # see `Closer.witness`
 
 
@@ -71,7 +72,7 @@ class Parser:
         self._targets: dict[tuple[int, int], tuple[int, ...]] = {}
         self._inner: dict[tuple[int, int], int] = {}
         self._root: Parse | None = None
-        self._num_parses = 0
+        self._memo_size = 0
 
     @property
     def shortest_bytes(self) -> set[int]:
@@ -85,22 +86,26 @@ class Parser:
         Outputs share it, and by its memo all that they have in common, until the
         memo is full; the next ones then begin a new one.
         """
-        if self._root is None or self._num_parses > _MAX_PARSES:
+        if self._root is None or self._memo_size > _MAX_MEMO:
             whole = Frame()
             whole.cost = 0
             self._root = self._expand([(self._network.root, whole)])
-            self._num_parses = 0
+            self._memo_size = 0
         return self._root
 
     def advance(self, parse: Parse, text: bytes) -> Parse | None:
         """The parse after more bytes, None if they cannot follow."""
+        if text in parse.following:
+            return parse.following[text]
         current: Parse | None = parse
         for byte in text:
             if current is None:
-                return None
+                break
             if byte not in current.following:
                 current.following[byte] = self._read(current, byte)
             current = current.following[byte]
+        parse.following[text] = current
+        self._memo_size += 1
         return current
 
     def shortest(self, parse: Parse) -> bytes:
@@ -137,7 +142,7 @@ class Parser:
         ]
         if not reached:
             return None
-        self._num_parses += 1
+        self._memo_size += 1
         following = self._expand(reached)
         # Inside a string every byte leads back to the same parse: its memo serves.
         same = following.configurations == parse.configurations

@@ -6,11 +6,9 @@ that serves HTTP. Whether a grammar compiles, in what time and to what size, is
 found out elsewhere (`vllm_unmask.grammar.compilation`).
 """
 
-import hashlib
 import json
 import re
 import reprlib
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 from vllm_unmask.grammar.json_features import (
@@ -33,7 +31,6 @@ FIELDS: dict[str, Kind] = {
     "structural_tag": "structural_tag",
 }
 _PARAMETERS = {kind: f"structured_outputs.{field}" for field, kind in FIELDS.items()}
-_VERSION = version("xgrammar")
 # xgrammar cuts its texts off there.
 _NUL = ("holds a NUL character", "text without it")
 # A structural tag wraps its schemas in up to that many levels.
@@ -94,12 +91,6 @@ class GrammarSpec(NamedTuple):
     whitespace: int = 1
     """Longest run of white space between the tokens of JSON, at least 1, or 0 for
     the compact form. Never unbounded: blanks alone could use up any budget."""
-
-    @property
-    def key(self) -> str:
-        """Hash of the content and of the compiler's version."""
-        content = json.dumps((*self, _VERSION))
-        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def parameter(self) -> str:

@@ -14,7 +14,7 @@ verified tokens alone, so replaying them restores the state, in mid-closure too.
 
 import enum
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Status(enum.IntEnum):
 class StepResult(NamedTuple):
     """A block after one denoising step."""
 
-    block: np.ndarray  # int64 [W], the mask id where masked
+    block: list[int]  # [W], the mask id where masked
     num_verified: int  # output tokens verified so far
     num_forced: int  # columns that the guard wrote
     remasked: bool  # a tentative column did not verify and is masked again
@@ -83,10 +83,7 @@ class GrammarState:
         self._mask_id = vocabulary.mask_id
         stops = vocabulary.stop_ids if stop_ids is None else stop_ids
         self._stop_ids = [token for token in stops if not self._tokens[token]]
-        self._stop_bits = _bits(self._stop_ids)
-        self._silent_bits = _bits(
-            {vocabulary.mask_id, *vocabulary.stop_ids, *self._stop_ids}
-        )
+        self._known_stop_ids = vocabulary.stop_ids
         # What fills a block after the end of its output.
         self._filler = (*self._stop_ids, *vocabulary.stop_ids)[0]
         self._matcher = xgrammar.GrammarMatcher(compiled)
@@ -100,10 +97,9 @@ class GrammarState:
         self._lead = b""  # last byte of the output
         if closer and not self._fits(self._parse, max_tokens):
             raise ValueError(f"no complete output fits into {max_tokens=}")
-        for token in verified:
+        for place, token in enumerate(verified):
             if self.status == Status.RUNNING and not self._accept(token):
-                where = f"output position {self.num_verified}"
-                raise ValueError(f"token {token} is not legal at {where}")
+                raise ValueError(f"token {token} is not legal at position {place}")
 
     @property
     def remaining(self) -> int:
@@ -119,23 +115,39 @@ class GrammarState:
                 is complete, the mask token never is.
 
         """
-        words = row.view(np.uint32)
-        words.fill(0)
-        if self.status == Status.RUNNING:
+        ended = self.status != Status.RUNNING
+        if ended:
+            row.fill(0)
+        else:
             self._matcher.fill_next_token_bitmask(row[None])
-        for word, bits in self._silent_bits.items():
-            words[word] &= ~bits
-        if self.status != Status.RUNNING or self._matcher.is_completed():
-            for word, bits in self._stop_bits.items():
-                words[word] |= bits
+        if ended or self._matcher.is_completed():
+            words = row.view(np.uint32)
+            for token in self._known_stop_ids:
+                words[token >> 5] &= ~np.uint32(1 << (token & 31))
+            for token in self._stop_ids:
+                words[token >> 5] |= np.uint32(1 << (token & 31))
+
+    def draft_masks(self, drafts: Sequence[int], rows: np.ndarray) -> int:
+        """Write `frontier_mask` behind each beginning of a draft, to its row.
+
+        Returns how many: up to that of the first draft that is no legal text.
+        """
+        followed = 0
+        for place, token in enumerate(drafts):
+            self.frontier_mask(rows[place])
+            if not self._tokens[token] or not self._matcher.accept_token(token):
+                break
+            followed += 1
+        self._matcher.rollback(followed)
+        return min(followed + 1, len(drafts))
 
     def step(
         self,
-        block: np.ndarray,
+        block: Sequence[int],
         first: int,
-        tokens: np.ndarray,
-        accepted: np.ndarray,
-        candidates: np.ndarray,
+        tokens: Sequence[int],
+        accepted: Sequence[bool],
+        candidates: Sequence[int],
         sampled: bool,
     ) -> StepResult:
         """Unmask what the rule accepted, verify from the frontier, close in time.
@@ -145,13 +157,13 @@ class GrammarState:
         is verified entirely.
 
         Args:
-            block: int64 [W], ids of the output columns of the open block before this
-                step, the mask id where masked; none beyond `max_tokens`.
+            block: [W], ids of the output columns of the open block before this step,
+                the mask id where masked; none beyond `max_tokens`.
             first: output index of column 0.
-            tokens: int64 [W], what each column would take.
-            accepted: bool [W], masked columns that the rule would unmask.
-            candidates: int64 [K], legal tokens of the frontier, best first. Those
-                below 0 do not count. With none the guard writes the next token.
+            tokens: [W], what each column would take.
+            accepted: [W], masked columns that the rule would unmask.
+            candidates: [K], legal tokens of the frontier, best first, then any number
+                of -1. With none the guard writes the next token.
             sampled: the request has a temperature. The frontier then takes its
                 sampled token, whatever stands right of it.
 
@@ -160,23 +172,24 @@ class GrammarState:
             filled with stop tokens from the end of the output on.
 
         """
-        ids: list[int] = block.tolist()
+        ids = list(block)
         frontier = self.num_verified - first
         forced = 0
         remasked = looked_ahead = False
         if self.status == Status.RUNNING and frontier < len(ids):
-            drafts: list[int] = tokens.tolist()
-            unmasked = self._unmask(ids, frontier, drafts, accepted)
-            choices = [token for token in candidates.tolist() if token >= 0]
-            lead = drafts[frontier] if accepted[frontier] else None
+            unmasked = self._unmask(ids, frontier, tokens, accepted)
+            choices = [token for token in candidates if token >= 0]
+            # What was unmasked ahead or seeded is as good as accepted.
+            standing = None if ids[frontier] == self._mask_id else ids[frontier]
+            lead = tokens[frontier] if accepted[frontier] else standing
             if lead is None and not sampled:
                 lead = self._look_ahead(ids, frontier + 1, choices)
                 looked_ahead = lead is not None
             doubtful = lead is None and bool(choices)
             self._stalled = doubtful and unmasked and not self._stalled
             if not self._stalled:
-                if sampled:
-                    lead = drafts[frontier]
+                if sampled and standing is None:
+                    lead = tokens[frontier]
                 if lead is not None and choices:
                     choices.insert(0, lead)
                 forced = self._take(ids, frontier, choices)
@@ -185,24 +198,26 @@ class GrammarState:
         if self.status != Status.RUNNING:
             end = max(self.num_verified - first, 0)
             ids[end:] = [self._filler] * (len(ids) - end)
-        new = np.array(ids, dtype=np.int64)
-        return StepResult(new, self.num_verified, forced, remasked, looked_ahead)
+        return StepResult(ids, self.num_verified, forced, remasked, looked_ahead)
 
     def _unmask(
-        self, ids: list[int], frontier: int, drafts: list[int], accepted: np.ndarray
+        self,
+        ids: list[int],
+        frontier: int,
+        tokens: Sequence[int],
+        accepted: Sequence[bool],
     ) -> bool:
         """Write tentative tokens right of the frontier; whether there were any."""
         unmasked = False
-        for column, chosen in enumerate(accepted.tolist()):
+        for column in range(frontier + 1, len(ids)):
             # A token without bytes is no text. A stop token least of all: the model
             # would take everything right of it for the end.
             if (
-                chosen
-                and column > frontier
+                accepted[column]
                 and ids[column] == self._mask_id
-                and self._tokens[drafts[column]]
+                and self._tokens[tokens[column]]
             ):
-                ids[column] = drafts[column]
+                ids[column] = tokens[column]
                 unmasked = True
         return unmasked
 
@@ -274,7 +289,7 @@ class GrammarState:
             self.status = Status.STOPPED
             self.num_verified += 1
             return True
-        if _NO_CHARACTER.search(self._lead + text):
+        if not text.isascii() and _NO_CHARACTER.search(self._lead + text):
             return False
         if not self._matcher.accept_token(token):
             return False
@@ -333,13 +348,3 @@ class GrammarState:
         self.status = Status.CLOSED
         self.num_verified += 1
         return self._filler
-
-
-def _bits(tokens: Iterable[int]) -> dict[int, np.uint32]:
-    """Words of a bitmask in which only these tokens' bits are set."""
-    bits: dict[int, np.uint32] = {}
-    for token in tokens:
-        bits[token >> 5] = bits.get(token >> 5, np.uint32(0)) | np.uint32(
-            1 << (token & 31)
-        )
-    return bits

@@ -9,6 +9,7 @@ into the request's tokens.
 """
 
 import asyncio
+import copy
 import functools
 import json
 import threading
@@ -100,7 +101,7 @@ class _Admission:
             )
         known = list(self.vocabulary.stop_ids)
         return {
-            "grammar": compiled.payload,
+            "grammar": tuple(compiled.spec),
             "max_tokens": budget,
             "stop_ids": known + sorted(params.all_stop_token_ids - {*known}),
             "vocabulary_stop_ids": known,
@@ -202,7 +203,7 @@ def _build_process(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         extra_args = moved_seeds(getattr(params, "extra_args", None))
         if extra_args and is_ours(self.model_config):
-            params = params.clone()
+            params = copy.copy(params)
             params.extra_args = extra_args
         if not _asks_for_grammar(self.model_config, params):
             return original(self, request_id, prompt, params, *args, **kwargs)
@@ -219,7 +220,8 @@ def _build_process(original: Callable[..., Any]) -> Callable[..., Any]:
             spec = admission.spec(params.structured_outputs)
             compiled = admission.compilers.submit(spec).result()
         ignores_stops = params.ignore_eos
-        params = params.clone()
+        # Shallow: vLLM makes a deep copy of its own.
+        params = copy.copy(params)
         params.structured_outputs = None
         # With ignore_eos an output goes on as long as its grammar allows. The stop
         # token that then ends it is one to vLLM.
@@ -240,7 +242,10 @@ def _build_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if _asks_for_grammar(self.model_config, params):
-            admission = await asyncio.to_thread(_admission, self.input_processor)
+            processor = self.input_processor
+            admission = _admissions.get(processor)
+            if admission is None:
+                admission = await asyncio.to_thread(_admission, processor)
             with _refusals():
                 spec = admission.spec(params.structured_outputs)
                 await asyncio.wrap_future(admission.compilers.submit(spec))

@@ -138,11 +138,12 @@ def chat_with_slow_compiler(
     The worker takes ``seconds`` for a grammar that says "slow".
     """
     from vllm_unmask.engine import grammar
+    from vllm_unmask.grammar.spec import GrammarSpec
 
     load = grammar.Grammars._load
 
     def slow(self: Any, record: Any) -> Any:
-        if b"slow" in record["grammar"]:
+        if "slow" in GrammarSpec(*record["grammar"]).text:
             time.sleep(seconds)
         return load(self, record)
 

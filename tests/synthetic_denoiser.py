@@ -252,17 +252,17 @@ def decode(
 
             step = partial(
                 state.step,
-                np.array(ids),
+                ids,
                 first,
-                tokens,
-                accepted,
-                np.array([*candidates, -1]),
+                tokens.tolist(),
+                accepted.tolist(),
+                [*candidates, -1],
                 sampled,
             )
             before, verified = ids, state.num_verified
             result = on_step(step)
             results.append(result)
-            ids = result.block.tolist()
+            ids = result.block
             steps += 1
             _check(state, compiled, vocabulary, output, before, ids, verified)
         assert steps <= 2 * len(ids)

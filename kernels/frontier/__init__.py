@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits of a block under a grammar whose frontier stands in it."""
 
+from functools import cache
+from typing import Any
+
+import numpy as np
 import torch
 
 from vllm_unmask.kernels.frontier import reference
@@ -32,19 +36,25 @@ def constrain_frontier(
         int64 [frontiers, count]: the legal tokens of largest logit, largest first, the
         smaller token first where they tie; -1 where there is none left above -inf.
     """
-    if logits.device.type != "cpu":
+    if not logits.is_cpu:
         return reference.constrain_frontier(
             logits, rows, bitmask, silent_ids, block, count
         )
-    from vllm_unmask.kernels.frontier import cpu
-
-    best = torch.empty((len(rows), count), dtype=torch.int64)
-    cpu.constrain_frontier(
+    best = np.empty((len(rows), count), np.int64)
+    _cpu().constrain_frontier(
         logits.numpy(),
         rows.numpy(),
         bitmask.numpy(),
         silent_ids.numpy(),
         block,
-        best.numpy(),
+        best,
     )
-    return best
+    return torch.from_numpy(best)
+
+
+@cache
+def _cpu() -> Any:
+    """The CPU implementation; compiles when first imported."""
+    from vllm_unmask.kernels.frontier import cpu
+
+    return cpu

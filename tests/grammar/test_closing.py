@@ -355,7 +355,12 @@ def test_outputs_share_what_they_have_in_common() -> None:
     parser = Parser(compiled.grammar)
     parse = parser.advance(parser.start(), b"12")
     assert parse is parser.advance(parser.start(), b"12")
-    parser._num_parses = parsing._MAX_PARSES + 1
+    known = parser._memo_size
+    parser.advance(parser.start(), b"12")
+    assert parser._memo_size == known
+    parser.advance(parser.start(), b"12,")
+    assert parser._memo_size == known + 1, "a text counts, too"
+    parser._memo_size = parsing._MAX_MEMO + 1
     other = parser.advance(parser.start(), b"12")
     assert other is not None and other is not parse
     assert other.complete and other.distance == 0

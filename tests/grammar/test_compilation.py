@@ -99,7 +99,6 @@ def test_a_compiled_grammar_carries_its_shortest_output(
     compiled = compilers.submit(admit("json", FLAG)).result(60)
     assert text(compiled.closing) in (b'{"a":true}', b'{"a":null}')
     assert compiled.num_bytes > 0 and 0 < compiled.seconds < 60
-    assert CompiledSpec.from_payload(compiled.payload) == compiled
 
 
 @pytest.mark.parametrize(
@@ -368,12 +367,8 @@ def test_the_worker_ends_with_its_parent() -> None:
 # Where the model runs
 
 
-def compiled_spec(pattern: str) -> CompiledSpec:
-    return CompiledSpec(admit("regex", pattern), (), 0, 0.0)
-
-
 def test_a_loaded_grammar_matches() -> None:
-    loaded = GrammarLoader(VOCABULARY).load(compiled_spec("ab"))
+    loaded = GrammarLoader(VOCABULARY).load(admit("regex", "ab"))
     matcher = xgrammar.GrammarMatcher(loaded.compiled)
     assert matcher.accept_string("ab") and matcher.is_completed()
     closing = loaded.closer.witness(loaded.closer.start())
@@ -393,30 +388,66 @@ def test_a_grammar_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "compile_spec", compile_slowly)
     loader = GrammarLoader(VOCABULARY)
     with ThreadPoolExecutor(8) as threads:
-        grammars = list(threads.map(loader.load, [compiled_spec("a")] * 20))
+        grammars = list(threads.map(loader.load, [admit("regex", "a")] * 20))
     assert len(calls) == 1 and len({id(grammar) for grammar in grammars}) == 1
 
 
+def test_a_grammar_that_is_here_is_found_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release = threading.Event()
+
+    def compile_when_told(
+        compiler: xgrammar.GrammarCompiler, spec: GrammarSpec
+    ) -> xgrammar.CompiledGrammar:
+        assert release.wait(60)
+        return compiler.compile_regex(spec.text)
+
+    monkeypatch.setattr(loading, "compile_spec", compile_when_told)
+    loader = GrammarLoader(VOCABULARY)
+    spec = admit("regex", "a")
+    assert loader.find(spec) is None
+    with ThreadPoolExecutor(1) as threads:
+        loaded = threads.submit(loader.load, spec)
+        wait_for(lambda: loader.find(spec) is not None)
+        found = loader.find(admit("regex", "a"))
+        assert found is not None and not found.done()
+        release.set()
+        assert found.result(60) is loaded.result(60)
+    assert loader.find(spec) is found
+
+
+def test_a_grammar_that_was_found_is_dropped_last() -> None:
+    first, second, third = (admit("regex", text) for text in ("abc", "abd", "abe"))
+    size = GrammarLoader(VOCABULARY).load(first).compiled.memory_size_bytes
+    loader = GrammarLoader(VOCABULARY, cache_bytes=2 * size)
+    loader.load(first)
+    loader.load(second)
+    assert loader.find(first) is not None
+    loader.load(third)
+    assert loader.find(first) is not None and loader.find(second) is None
+
+
 def test_loaded_grammars_are_bounded_and_the_newest_is_kept() -> None:
-    size = GrammarLoader(VOCABULARY).load(compiled_spec("abc")).compiled
+    size = GrammarLoader(VOCABULARY).load(admit("regex", "abc")).compiled
     loader = GrammarLoader(VOCABULARY, cache_bytes=2 * size.memory_size_bytes)
-    first = loader.load(compiled_spec("abc"))
+    first = loader.load(admit("regex", "abc"))
     for pattern in ("abd", "abe"):
-        loader.load(compiled_spec(pattern))
+        loader.load(admit("regex", pattern))
     assert len(loader._grammars) == 2
     assert loader._num_bytes <= 2 * size.memory_size_bytes
-    again = loader.load(compiled_spec("abc"))
+    again = loader.load(admit("regex", "abc"))
     assert again is not first
     small = GrammarLoader(VOCABULARY, cache_bytes=1)
-    kept = small.load(compiled_spec("abc"))
-    assert small.load(compiled_spec("abc")) is kept
+    kept = small.load(admit("regex", "abc"))
+    assert small.load(admit("regex", "abc")) is kept
 
 
 def test_what_cannot_be_loaded_can_be_tried_again() -> None:
     loader = GrammarLoader(VOCABULARY)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="not closed"):
-            loader.load(compiled_spec("("))
+            loader.load(admit("regex", "("))
     assert not loader._grammars
 
 
@@ -428,13 +459,11 @@ def test_json_has_no_control_characters() -> None:
     assert (
         vocabulary is VOCABULARY.of(spec.kind) and VOCABULARY.of("regex") is VOCABULARY
     )
-    grammar = GrammarLoader(VOCABULARY).load(CompiledSpec(spec, (), 0, 0.0))
+    grammar = GrammarLoader(VOCABULARY).load(spec)
     assert grammar.vocabulary is vocabulary
     assert grammar.closer.spells_bytes
     quote = int(VOCABULARY.byte_ids[ord('"')])
-    plain = GrammarLoader(VOCABULARY).load(
-        CompiledSpec(GrammarSpec("regex", "[^b]{2,9}"), (), 0, 0.0)
-    )
+    plain = GrammarLoader(VOCABULARY).load(GrammarSpec("regex", "[^b]{2,9}"))
     state = GrammarState(
         grammar.compiled, vocabulary, grammar.closer, max_tokens=20, verified=[quote]
     )

@@ -2,6 +2,7 @@
 """A request's frontier under drafters of every kind; `decode` checks each step."""
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -217,15 +218,9 @@ def step(
     sampled: bool = False,
 ) -> tuple[str, StepResult]:
     """One step of the byte vocabulary; the block after it as text."""
-    chosen = np.zeros(len(block), dtype=bool)
-    chosen[list(accepted)] = True
+    chosen = [column in accepted for column in range(len(block))]
     result = state.step(
-        np.array(ids(block)),
-        first,
-        np.array(ids(drafts)),
-        chosen,
-        np.array(ids(candidates), dtype=np.int64),
-        sampled,
+        ids(block), first, ids(drafts), chosen, ids(candidates), sampled
     )
     shown = "_.." + "".join(map(chr, range(256)))
     return "".join(shown[token] for token in result.block), result
@@ -375,7 +370,7 @@ def test_budgets_from_the_shortest_output_upwards() -> None:
 
 
 def test_illegal_replay_is_refused() -> None:
-    with pytest.raises(ValueError, match="not legal at output position 1"):
+    with pytest.raises(ValueError, match="not legal at position 1"):
         regex(WORDS).state(20, verified=ids("aq"))
 
 
@@ -476,17 +471,53 @@ def test_half_of_a_surrogate_pair_is_never_taken(surrogate: str) -> None:
 
     def step(start: list[int], token: int) -> int:
         state = constraint.state(20, verified=start)
-        block = np.array([*start, MASK])
         result = state.step(
-            block,
+            [*start, MASK],
             0,
-            np.array([*start, token]),
-            np.array([False] * len(start) + [True]),
-            np.array([token, 2 + 0x80, quote]),
+            [*start, token],
+            [False] * len(start) + [True],
+            [token, 2 + 0x80, quote],
             False,
         )
-        return int(result.block[-1])
+        return result.block[-1]
 
     assert step([quote], whole) != whole
     assert step([split], 2 + data[1]) == 2 + 0x80
     assert step([quote], 2 + 0xED) == 2 + 0xED
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_what_stands_when_a_block_is_opened_is_verified(
+    share: float, sampled: bool
+) -> None:
+    """Seeds, and tokens unmasked ahead: a block is not over before they are legal."""
+    grammar = person()
+    target = ada(grammar.vocabulary)
+    rng = random.Random(0)
+    mask, width = grammar.vocabulary.mask_id, 8
+    wild = [i for i, text in enumerate(grammar.vocabulary.tokens) if text]
+    for _ in range(60):
+        state = grammar.state(len(target) + 20)
+        output: list[int] = []
+        for token in target[: rng.randrange(len(target) - width)]:
+            assert state.step([mask], len(output), [token], [True], [token], False)
+            output.append(token)
+        first = state.num_verified
+        right = target[first : first + width]
+        block = [
+            rng.choice([token, rng.choice(wild)]) if rng.random() < share else mask
+            for token in right
+        ]
+        for _ in range(2 * width):
+            accepted = [token == mask and rng.random() < 0.5 for token in block]
+            frontier = state.num_verified - first
+            choices = [right[frontier]] if frontier < width else []
+            tokens = [rng.choice([token, rng.choice(wild)]) for token in right]
+            result = state.step(block, first, tokens, accepted, [*choices, -1], sampled)
+            block = result.block
+            if mask not in block:
+                break
+        assert mask not in block
+        over = state.status != Status.RUNNING
+        assert over or state.num_verified == first + width

@@ -14,7 +14,8 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_unmask.engine.metrics import Counters
 from vllm_unmask.engine.states import BlockGeometry
-from vllm_unmask.grammar.loading import CompiledSpec, GrammarLoader, LoadedGrammar
+from vllm_unmask.grammar.loading import GrammarLoader, LoadedGrammar
+from vllm_unmask.grammar.spec import GrammarSpec
 from vllm_unmask.grammar.state import GrammarState
 from vllm_unmask.grammar.vocabulary import Vocabulary
 
@@ -59,8 +60,8 @@ class GrammarRequest:
 class Grammars:
     """Grammar state of every request slot that has one.
 
-    A grammar is compiled in a thread when its first request arrives; until then
-    its requests sit out their denoising steps, and nobody else waits.
+    A grammar is compiled in a thread when its first request arrives; until it is
+    there its requests sit out their denoising steps, and nobody else waits.
 
     Args:
         vllm_config: of the worker.
@@ -106,7 +107,10 @@ class Grammars:
         self.requests.pop(slot, None)
         if record is None:
             return
-        loading = self._threads.submit(self._load, record)
+        spec = GrammarSpec(*record["grammar"])
+        loading = None if self._loader is None else self._loader.find(spec)
+        if loading is None:
+            loading = self._threads.submit(self._load, record)
         if self.wait:
             loading.exception()
         num_fixed = len(token_ids) % self.geometry.block_length
@@ -132,7 +136,7 @@ class Grammars:
                     record["vocabulary_stop_ids"],
                 )
                 self._loader = GrammarLoader(self.vocabulary)
-        return self._loader.load(CompiledSpec.from_payload(record["grammar"]))
+        return self._loader.load(GrammarSpec(*record["grammar"]))
 
     def members(self, slots: np.ndarray[Any, Any]) -> list[tuple[int, GrammarRequest]]:
         """Rows of those of ``slots`` that have a grammar, and their requests.

@@ -7,6 +7,7 @@ with a grammar come from the device; the others' path is untouched.
 """
 
 import time
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class Unmasked(NamedTuple):
     """What a step made of the active blocks."""
 
     active: torch.Tensor  # int64 [requests, block], ids after the step
-    tokens: torch.Tensor  # int64 [requests, block], what each position took
+    tokens: torch.Tensor  # int64 [requests, block], what unmasked positions took
     accepted: torch.Tensor  # bool [requests, block], unmasked in this step
     width: torch.Tensor  # int64 [requests], 0 where the request did not take part
     failed: list[int]  # rows of requests that must end with an error
@@ -92,15 +93,49 @@ class GrammarStep:
                 self.grammars.fail(request)
             request.nanoseconds = time.perf_counter_ns() - started
         if self.ready:
-            device = logits.device
             self.candidates = constrain_frontier(
                 logits,
-                async_tensor_h2d(rows, device=device),
-                async_tensor_h2d(bitmask, device=device),
-                self.grammars.silent_ids(device),
+                _beside(logits, rows),
+                _beside(logits, bitmask),
+                self.grammars.silent_ids(logits.device),
                 self.length,
                 min(NUM_CANDIDATES, logits.shape[1]),
             )
+
+    def constrain_draft(
+        self, logits: torch.Tensor, drafts: torch.Tensor, ready: torch.Tensor
+    ) -> None:
+        """Ban, in place, what is not legal behind the drafted tokens.
+
+        Row ``i`` of a block takes what may follow the drafts left of it, from the
+        frontier on and up to the first draft that is not legal itself; what comes
+        after that one is never asked.
+
+        Args:
+            logits: float32 [requests * block, vocab], of the mode that verifies.
+            drafts: int64 [requests, block].
+            ready: bool [requests], where there is a draft.
+        """
+        words = -(-logits.shape[1] // 32)
+        blocks, wanted = drafts.tolist(), ready.tolist()
+        for row, request in self.ready:
+            state, first = request.state, request.frontier
+            if not wanted[row] or state is None or first >= self.length:
+                continue
+            bitmask = np.zeros((self.length - first, words), np.int32)
+            try:
+                num = state.draft_masks(blocks[row][first:], bitmask)
+            except Exception:
+                self.grammars.fail(request)
+                continue
+            bits = np.unpackbits(
+                bitmask[:num].view(np.uint8), axis=1, bitorder="little"
+            )
+            legal = (
+                torch.from_numpy(bits[:, : logits.shape[1]]).to(logits.device).bool()
+            )
+            start = row * self.length + first
+            logits[start : start + num].masked_fill_(~legal, -torch.inf)
 
     def verify(
         self,
@@ -120,59 +155,68 @@ class GrammarStep:
             temperature: float32 [requests].
         """
         device = before.device
-        index = None
-        parts = [before, scores.tokens, accepted, width]
-        if len(self.ready) < len(before):
-            index = self.index(device)
-            parts = [part[index] for part in parts]
-        if self.ready:
-            parts.append(self.candidates)
-        host = _to_host(parts)
-        blocks = host[0].copy()
-        for i, (row, request) in enumerate(self.ready):
-            if request.state is None:
-                continue
-            block = [part[i] for part in host]
-            try:
-                self._advance(request, block, blocks[i], bool(temperature[row] > 0))
-            except Exception:
-                self.grammars.fail(request)
-        after = async_tensor_h2d(blocks, device=device, dtype=torch.int64)
-        if index is not None:
-            every = torch.where(accepted, scores.tokens, before)
-            after = every.index_copy_(0, index, after)
-        active = after
+        parts = [before, scores.tokens, accepted, width.unsqueeze(1)]
+        if len(self.ready) == len(before):
+            active = self._blocks(parts, temperature)
+        else:
+            active = torch.where(accepted, scores.tokens, before)
+            if self.ready:
+                index = self.index(device)
+                parts = [part[index] for part in parts]
+                active[index] = self._blocks(parts, temperature)
         for row, request in self.members:
             if request.state is None:
                 active[row] = before[row]
                 width = width.index_fill(0, torch.tensor([row], device=device), 0)
         unmasked = (active != self.mask_id) & (before != active)
-        tokens = torch.where(unmasked, active, scores.tokens)
-        return Unmasked(active, tokens, unmasked, width, self._failed())
+        return Unmasked(active, active, unmasked, width, self._failed())
 
     def _failed(self) -> list[int]:
         return [row for row, request in self.members if request.failed]
 
+    def _blocks(
+        self, parts: list[torch.Tensor], temperature: np.ndarray[Any, Any]
+    ) -> torch.Tensor:
+        """Blocks after the step, int64 [ready, block].
+
+        Args:
+            parts: [ready, ...] each: ids before the step, tokens, acceptance, width.
+            temperature: float32 [requests].
+        """
+        blocks = []
+        host = zip(*_to_host([*parts, self.candidates]), strict=True)
+        for (row, request), values in zip(self.ready, host, strict=True):
+            block = values[0]
+            try:
+                if request.state is not None:
+                    block = self._advance(request, temperature[row] > 0, *values)
+            except Exception:
+                self.grammars.fail(request)
+            blocks.append(block)
+        return _beside(parts[0], np.array(blocks))
+
     def _advance(
         self,
         request: GrammarRequest,
-        host: list[np.ndarray[Any, Any]],
-        block: np.ndarray[Any, Any],
         sampled: bool,
-    ) -> None:
-        """Step one request's state; writes ``block``, int64 [block]."""
+        block: list[int],
+        tokens: list[int],
+        accepted: list[bool],
+        size: list[int],
+        candidates: list[int],
+    ) -> list[int]:
+        """Step one request's state; returns its block, which is changed in place."""
         state = request.state
         assert state is not None
-        before, tokens, accepted, size, candidates = host
-        width = int(size)
+        (width,) = size
         if width == 0:
-            return
+            return block
         start = request.num_fixed
         # What lies beyond max_tokens is never reported; any token completes it.
         end = min(start + max(state.max_tokens - request.first, 0), width)
         started = time.perf_counter_ns()
         result = state.step(
-            before[start:end],
+            block[start:end],
             request.first,
             tokens[start:end],
             accepted[start:end],
@@ -183,10 +227,11 @@ class GrammarStep:
         request.num_forced = result.num_forced
         self._count(request, result)
         block[start:end] = result.block
-        if self.mask_id not in result.block.tolist():
-            block[end:width] = self._filler()
+        if self.mask_id not in result.block:
+            block[end:width] = [self._filler()] * (width - end)
             request.first += end - start
             request.num_fixed = 0
+        return block
 
     def _count(self, request: GrammarRequest, result: StepResult) -> None:
         counters, state = self.grammars.counters, request.state
@@ -205,16 +250,18 @@ class GrammarStep:
         return vocabulary.stop_ids[0]
 
 
-def _to_host(parts: list[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
-    """Tensors of as many rows each, in one copy; on a CPU without any."""
-    if parts[0].device.type == "cpu":
-        return [part.numpy() for part in parts]
-    wide = [part if part.dim() > 1 else part.unsqueeze(1) for part in parts]
-    host = torch.cat([part.long() for part in wide], dim=1).cpu().numpy()
-    ends = np.cumsum([part.shape[1] for part in wide])[:-1]
-    split = np.split(host, ends, axis=1)
-    kinds = {torch.bool: bool}
-    return [
-        array.reshape(part.shape).astype(kinds.get(part.dtype, np.int64))
-        for array, part in zip(split, parts, strict=True)
-    ]
+def _beside(tensor: torch.Tensor, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array as a tensor on the device of another; on a CPU without a copy."""
+    if tensor.is_cpu:
+        return torch.from_numpy(array)
+    return async_tensor_h2d(array, device=tensor.device)
+
+
+def _to_host(parts: list[torch.Tensor]) -> list[list[list[Any]]]:
+    """Tensors [rows, ...] as lists, in one copy from a device."""
+    # Each is a few microseconds on a CPU, where joining them takes twice as long.
+    if parts[0].is_cpu:
+        return [part.tolist() for part in parts]
+    rows = torch.cat(parts, dim=1).tolist()
+    bounds = pairwise((0, *accumulate(part.shape[1] for part in parts)))
+    return [[row[start:end] for row in rows] for start, end in bounds]
