@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+Weights = dict[str, torch.Tensor]
+
 VOCAB = 160
 MASK = 159
 EOS = 158
@@ -57,51 +59,213 @@ def sdar_config(block_size: int = 4, **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
-def qwen3_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Seeded random weights under Qwen3's (and SDAR's) published names."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    dim = config["head_dim"]
-    query, key = (
-        config[f"num_{kind}_heads"] * dim for kind in ("attention", "key_value")
+def sdar_moe_config(block_size: int = 4, **overrides: Any) -> dict[str, Any]:
+    """The published keys of an SDAR-MoE ``config.json``, tiny.
+
+    The first layer is dense. Hidden and expert sizes are multiples of 32, which
+    vLLM's experts ask for on a CPU.
+    """
+    return sdar_config(
+        block_size,
+        **{
+            "architectures": ["SDARMoeForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+                "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM",
+            },
+            "model_type": "sdar_moe",
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [0],
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.001,
+        }
+        | overrides,
     )
 
-    def matrix(*shape: int) -> torch.Tensor:
-        return 0.15 * torch.randn(*shape, generator=generator)
 
-    def norm(size: int) -> torch.Tensor:
-        return 1 + 0.1 * torch.randn(size, generator=generator)
+def llada2_config(block_size: int = 4, **overrides: Any) -> dict[str, Any]:
+    """The published keys of a LLaDA2 ``config.json``, tiny.
 
-    weights = {
-        # Scaled up: near-uniform confidences would never pass a threshold.
-        "model.embed_tokens.weight": 4 * matrix(config["vocab_size"], hidden),
-        "model.norm.weight": norm(hidden),
-        "lm_head.weight": 3 * matrix(config["vocab_size"], hidden),
+    Like the published file it says nothing of ``use_qk_norm``. It does name the
+    block size and the special ids, as their published values are out of its
+    vocabulary.
+    """
+    config = {
+        "architectures": ["LLaDA2MoeModelLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+            "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+        },
+        "model_type": "llada2_moe",
+        "block_size": block_size,
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "first_k_dense_replace": 1,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "max_position_embeddings": 1024,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 32,
+        "moe_router_enable_expert_bias": True,
+        "n_group": 4,
+        "norm_head": False,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "num_shared_experts": 1,
+        "output_dropout": 0.0,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "rotary_dim": 16,
+        "routed_scaling_factor": 2.5,
+        "router_dtype": "fp32",
+        "score_function": "sigmoid",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "topk_group": 2,
+        "torch_dtype": "float32",
+        "use_bias": False,
+        "use_cache": True,
+        "use_qkv_bias": False,
+        "use_rmsnorm": True,
+        "use_sliding_window": False,
+        "vocab_size": VOCAB,
     }
+    config.update(overrides)
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+class _Draw:
+    """Seeded random tensors."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def matrix(self, *shape: int) -> torch.Tensor:
+        return 0.15 * torch.randn(*shape, generator=self._generator)
+
+    def norm(self, size: int) -> torch.Tensor:
+        return 1 + 0.1 * torch.randn(size, generator=self._generator)
+
+    def ends(self, config: dict[str, Any], embedding: str) -> Weights:
+        """Embedding, last norm and head."""
+        hidden, vocab = config["hidden_size"], config["vocab_size"]
+        return {
+            # Scaled up: near-uniform confidences would never pass a threshold.
+            f"model.{embedding}.weight": 4 * self.matrix(vocab, hidden),
+            "model.norm.weight": self.norm(hidden),
+            "lm_head.weight": 3 * self.matrix(vocab, hidden),
+        }
+
+    def attention(self, config: dict[str, Any], prefix: str) -> Weights:
+        """The attention of Qwen3."""
+        hidden, dim = config["hidden_size"], config["head_dim"]
+        query, key = (
+            config[f"num_{kind}_heads"] * dim for kind in ("attention", "key_value")
+        )
+        return {
+            f"{prefix}self_attn.q_proj.weight": self.matrix(query, hidden),
+            f"{prefix}self_attn.k_proj.weight": self.matrix(key, hidden),
+            f"{prefix}self_attn.v_proj.weight": self.matrix(key, hidden),
+            f"{prefix}self_attn.o_proj.weight": self.matrix(hidden, query),
+            f"{prefix}self_attn.q_norm.weight": self.norm(dim),
+            f"{prefix}self_attn.k_norm.weight": self.norm(dim),
+        }
+
+    def mlp(self, hidden: int, inner: int, prefix: str) -> Weights:
+        """A gated MLP: of a dense layer or of one expert."""
+        return {
+            f"{prefix}.gate_proj.weight": self.matrix(inner, hidden),
+            f"{prefix}.up_proj.weight": self.matrix(inner, hidden),
+            f"{prefix}.down_proj.weight": self.matrix(hidden, inner),
+        }
+
+    def experts(self, config: dict[str, Any], prefix: str) -> Weights:
+        """Router and experts, with logits that are far from equal."""
+        hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+        weights = {
+            f"{prefix}.gate.weight": 2 * self.matrix(config["num_experts"], hidden)
+        }
+        for expert in range(config["num_experts"]):
+            weights |= self.mlp(hidden, inner, f"{prefix}.experts.{expert}")
+        return weights
+
+    def layer_norms(self, config: dict[str, Any], prefix: str) -> Weights:
+        return {
+            f"{prefix}{name}_layernorm.weight": self.norm(config["hidden_size"])
+            for name in ("input", "post_attention")
+        }
+
+
+def qwen3_weights(config: dict[str, Any], seed: int) -> Weights:
+    """Seeded random weights under Qwen3's and SDAR's published names, MoE or dense."""
+    draw = _Draw(seed)
+    weights = draw.ends(config, "embed_tokens")
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        weights |= {
-            f"{prefix}self_attn.q_proj.weight": matrix(query, hidden),
-            f"{prefix}self_attn.k_proj.weight": matrix(key, hidden),
-            f"{prefix}self_attn.v_proj.weight": matrix(key, hidden),
-            f"{prefix}self_attn.o_proj.weight": matrix(hidden, query),
-            f"{prefix}self_attn.q_norm.weight": norm(dim),
-            f"{prefix}self_attn.k_norm.weight": norm(dim),
-            f"{prefix}mlp.gate_proj.weight": matrix(inner, hidden),
-            f"{prefix}mlp.up_proj.weight": matrix(inner, hidden),
-            f"{prefix}mlp.down_proj.weight": matrix(hidden, inner),
-            f"{prefix}input_layernorm.weight": norm(hidden),
-            f"{prefix}post_attention_layernorm.weight": norm(hidden),
-        }
+        weights |= draw.attention(config, prefix)
+        if layer in config.get("mlp_only_layers", [layer]):
+            sizes = config["hidden_size"], config["intermediate_size"]
+            weights |= draw.mlp(*sizes, f"{prefix}mlp")
+        else:
+            weights |= draw.experts(config, f"{prefix}mlp")
+        weights |= draw.layer_norms(config, prefix)
     return weights
 
 
-def write_checkpoint(
-    directory: Path, config: dict[str, Any], seed: int = 0
-) -> dict[str, torch.Tensor]:
+def llada2_weights(config: dict[str, Any], seed: int) -> Weights:
+    """Seeded random weights under LLaDA2's published names, QKV in one tensor."""
+    draw = _Draw(seed)
+    hidden, dim = config["hidden_size"], config["head_dim"]
+    query, key = (
+        config[f"num_{kind}_heads"] * dim for kind in ("attention", "key_value")
+    )
+    shared = config["num_shared_experts"] * config["moe_intermediate_size"]
+    weights = draw.ends(config, "word_embeddings")
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        weights |= {
+            f"{prefix}attention.query_key_value.weight": draw.matrix(
+                query + 2 * key, hidden
+            ),
+            f"{prefix}attention.dense.weight": draw.matrix(hidden, query),
+            f"{prefix}attention.query_layernorm.weight": draw.norm(dim),
+            f"{prefix}attention.key_layernorm.weight": draw.norm(dim),
+        }
+        mlp = f"{prefix}mlp"
+        if layer < config["first_k_dense_replace"]:
+            weights |= draw.mlp(hidden, config["intermediate_size"], mlp)
+        else:
+            weights |= draw.experts(config, mlp)
+            # As large as the scores' own spread, so that it changes choices.
+            weights[f"{mlp}.gate.expert_bias"] = 2 * draw.matrix(config["num_experts"])
+            weights |= draw.mlp(hidden, shared, f"{mlp}.shared_experts")
+        weights |= draw.layer_norms(config, prefix)
+    return weights
+
+
+WEIGHTS = {"llada2_moe": llada2_weights}
+
+
+def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Weights:
     """Write ``config.json`` and ``model.safetensors``; returns the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = qwen3_weights(config, seed)
+    weights = WEIGHTS.get(config["model_type"], qwen3_weights)(config, seed)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return weights

@@ -13,11 +13,11 @@ import torch
 Weights = dict[str, torch.Tensor]
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def _rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     # x: [heads, sequence, dim]
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -33,10 +33,54 @@ def block_causal_mask(length: int, block: int) -> torch.Tensor:
     return index[:, None] >= index[None, :]
 
 
-def dense_logits(
-    config: dict[str, Any], weights: Weights, ids: list[int], mask: torch.Tensor
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [sequence, vocab] of a Qwen3 network under an explicit mask."""
+    """Grouped-query attention under an explicit mask.
+
+    Args:
+        q: [heads, sequence, dim].
+        k, v: [kv heads, sequence, dim].
+        mask: bool [sequence, sequence].
+
+    Returns:
+        [sequence, heads * dim].
+    """
+    k, v = (t.repeat_interleave(len(q) // len(k), dim=0) for t in (k, v))
+    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    mixed = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    return mixed.transpose(0, 1).reshape(len(mask), -1)
+
+
+def gated_mlp(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """SwiGLU with the three matrices under ``name``."""
+    gate, up, down = (
+        weights[f"{name}.{part}_proj.weight"].T for part in ("gate", "up", "down")
+    )
+    return (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
+
+
+FeedForward = Callable[[dict[str, Any], Weights, str, torch.Tensor], torch.Tensor]
+
+
+def _dense_feed_forward(
+    config: dict[str, Any], weights: Weights, name: str, x: torch.Tensor
+) -> torch.Tensor:
+    return gated_mlp(weights, name, x)
+
+
+def dense_logits(
+    config: dict[str, Any],
+    weights: Weights,
+    ids: list[int],
+    mask: torch.Tensor,
+    feed_forward: FeedForward = _dense_feed_forward,
+) -> torch.Tensor:
+    """Logits [sequence, vocab] of a Qwen3 network under an explicit mask.
+
+    Args:
+        feed_forward: (config, weights, name of the layer's ``mlp``, input) -> output.
+    """
     eps, theta = config["rms_norm_eps"], config["rope_theta"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config["head_dim"]
@@ -47,21 +91,16 @@ def dense_logits(
         def get(name: str, layer: int = layer) -> torch.Tensor:
             return weights[f"model.layers.{layer}.{name}.weight"]
 
-        h = _rms_norm(x, get("input_layernorm"), eps)
+        h = rms_norm(x, get("input_layernorm"), eps)
         q = (h @ get("self_attn.q_proj").T).view(n, heads, dim).transpose(0, 1)
         k = (h @ get("self_attn.k_proj").T).view(n, kv_heads, dim).transpose(0, 1)
         v = (h @ get("self_attn.v_proj").T).view(n, kv_heads, dim).transpose(0, 1)
-        q = _rotate(_rms_norm(q, get("self_attn.q_norm"), eps), theta)
-        k = _rotate(_rms_norm(k, get("self_attn.k_norm"), eps), theta)
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
-        scores = q @ k.transpose(1, 2) / dim**0.5
-        scores = scores.masked_fill(~mask, -torch.inf)
-        mixed = scores.softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).reshape(n, -1) @ get("self_attn.o_proj").T
-        h = _rms_norm(x, get("post_attention_layernorm"), eps)
-        gate = torch.nn.functional.silu(h @ get("mlp.gate_proj").T)
-        x = x + (gate * (h @ get("mlp.up_proj").T)) @ get("mlp.down_proj").T
-    return _rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
+        q = rotate(rms_norm(q, get("self_attn.q_norm"), eps), theta)
+        k = rotate(rms_norm(k, get("self_attn.k_norm"), eps), theta)
+        x = x + attend(q, k, v, mask) @ get("self_attn.o_proj").T
+        h = rms_norm(x, get("post_attention_layernorm"), eps)
+        x = x + feed_forward(config, weights, f"model.layers.{layer}.mlp", h)
+    return rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
 def decode(
@@ -74,12 +113,14 @@ def decode(
     choose: Callable[[list[int], torch.Tensor, list[int], int, int], list[int]],
     max_model_len: int = 1 << 30,
     stop: frozenset[int] = frozenset(),
+    logits_of: Callable[..., torch.Tensor] = dense_logits,
 ) -> tuple[list[int], int]:
     """Greedy decoding, block by block, one whole-sequence forward a step.
 
     Args:
         choose: (masked columns, confidence [block], candidates, step, masks when
             the block was opened) -> columns to unmask.
+        logits_of: (config, weights, ids, mask) -> logits [sequence, vocab].
 
     Returns:
         The output tokens and the number of denoising forwards.
@@ -96,7 +137,7 @@ def decode(
         ids += [mask_id] * opened
         step = 0
         while mask_id in ids[first:]:
-            logits = dense_logits(
+            logits = logits_of(
                 config, weights, ids, block_causal_mask(len(ids), block)
             )[start:end]
             logits[:, mask_id] = -torch.inf

@@ -3,11 +3,15 @@
 
 import builtins
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import EOS, MASK, llada2_config, sdar_config, write_checkpoint
+from family_references import REFERENCES
 
-from vllm_unmask import __version__, doctor, registration
+from vllm_unmask import __version__, cli, doctor, registration
+from vllm_unmask.families import FAMILIES
 from vllm_unmask.options import server_limits
 
 
@@ -150,3 +154,113 @@ def test_cpu_build_without_the_name_vllm(
     code, found = report(capsys)
     assert code == 1
     assert "no distribution `vllm` is installed" in found["missing"][0]
+
+
+def checkpoint(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["doctor", "--json", "--model", str(folder)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_checkpoint_that_is_served(
+    family: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, REFERENCES[family.architecture].config(8))
+    generation = {"eos_token_id": [EOS, 7]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    code, found = checkpoint(capsys, tmp_path)
+    assert (code, found["refused"]) == (0, None)
+    assert found == {
+        "folder": str(tmp_path),
+        "refused": None,
+        "architecture": family.architecture,
+        "checkpoints": family.checkpoints,
+        "exact": family.exact,
+        "approximate": family.approximate,
+        "recommended": list(family.presets),
+        "command": f"vllm serve {tmp_path} --additional-config "
+        f'\'{{"unmask": {{"strategy": "{family.presets[0]}"}}}}\'',
+        "block_length": 8,
+        "mask_token_id": MASK,
+        "stop_token_ids": [7, EOS],
+        "context": 1024,
+        "quantization": None,
+    }
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"folder          {tmp_path}"
+    assert f"recommended     {', '.join(family.presets)}" in lines
+    assert f"stop token ids  7, {EOS}" in lines
+    assert "quantization    none" in lines
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (sdar_config(mask_token_id=500), "mask_token_id=500 is not allowed: expected"),
+        (sdar_config(300), "block_length=300 is not allowed: expected an integer"),
+        (sdar_config(architectures=["Qwen3ForCausalLM"]), "is none of this plugin's"),
+        (sdar_config(architectures=...), "architectures=[] in config.json"),
+        (sdar_config(model_type="sdar_veomni"), "expected 'sdar', by which vLLM"),
+        (llada2_config(use_rmsnorm=False), "use_rmsnorm=False in config.json is not"),
+        # Its ids are outside of this vocabulary.
+        (llada2_config(mask_token_id=...), "mask_token_id=156895 is not allowed"),
+    ],
+)
+def test_config_that_is_refused(
+    config: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    code, found = checkpoint(capsys, tmp_path)
+    assert code == 1
+    assert reason in found["refused"]
+    assert "\n" not in found["refused"] and "pydantic" not in found["refused"]
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith(f"REFUSED: {found['refused']}\n")
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "no config.json in this folder"),
+        ({"config.json": "{"}, "config.json is no JSON"),
+        ({"config.json": "[]"}, "config.json holds no JSON object"),
+        ({"config.json": json.dumps(sdar_config())}, "no *.safetensors in this folder"),
+        (
+            {
+                "config.json": json.dumps(sdar_config()),
+                "a.safetensors": "",
+                "model.safetensors.index.json": json.dumps(
+                    {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+                ),
+            },
+            "no b.safetensors in this folder",
+        ),
+    ],
+)
+def test_folder_that_is_refused(
+    files: dict[str, str],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, found = checkpoint(capsys, tmp_path)
+    assert code == 1
+    assert reason in found["refused"]
+
+
+def test_checkpoint_without_the_plugin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UNMASK_DISABLE", "1")
+    code, found = checkpoint(capsys, tmp_path)
+    assert code == 1
+    assert "UNMASK_DISABLE=1 switches the plugin off" in found["refused"]

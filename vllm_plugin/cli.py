@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("doctor", help="show what is installed and what is not")
     check.add_argument("--json", action="store_true", help="print a JSON object")
+    check.add_argument(
+        "--model",
+        metavar="DIR",
+        help="say instead what would be done with the checkpoint in this folder",
+    )
     serve = commands.add_parser(
         "serve",
         help="check the installation, then run `vllm serve`",
@@ -51,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "trace":
         return _trace(options)
+    if options.model is not None:
+        return doctor.run_model(options.model, as_json=options.json)
     return doctor.run(as_json=options.json)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vllm_unmask doctor`: what is installed, and what is missing."""
+"""`python -m vllm_unmask doctor`: what is installed, missing, and would be served."""
 
 import importlib.metadata
 import json
@@ -7,10 +7,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_unmask import __version__, options, patches, presets, registration
 from vllm_unmask.families import FAMILIES
+from vllm_unmask.families.inspection import inspect_checkpoint
 from vllm_unmask.request_options import default_text
 
 _GROUP = "vllm.general_plugins"
@@ -23,9 +25,25 @@ NOT_INSTALLED = (
 def run(as_json: bool = False) -> int:
     """Print the report; return 1 if something required is missing, else 0."""
     report = collect()
-    text = json.dumps(report, indent=2) if as_json else "\n".join(_lines(report))
-    sys.stdout.write(text + "\n")
+    _write(report if as_json else _lines(report))
     return 1 if report["missing"] else 0
+
+
+def run_model(folder: str, as_json: bool = False) -> int:
+    """Print what would be done with a checkpoint; return 1 if it is refused, else 0."""
+    report: dict[str, Any] = {"folder": folder, "refused": None}
+    if missing := collect()["missing"]:
+        report["refused"] = "; ".join(missing)
+    else:
+        report |= inspect_checkpoint(Path(folder))
+    _write(report if as_json else _checkpoint_lines(report))
+    return 1 if report["refused"] else 0
+
+
+def _write(report: dict[str, Any] | list[str]) -> None:
+    is_json = isinstance(report, dict)
+    text = json.dumps(report, indent=2) if is_json else "\n".join(report)
+    sys.stdout.write(text + "\n")
 
 
 def entry_point_visible() -> bool:
@@ -235,3 +253,18 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "nothing required is missing"
     ]
     return lines
+
+
+def _checkpoint_lines(report: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{name.replace('_', ' '):16}{_text(value)}"
+        for name, value in report.items()
+        if name != "refused"
+    ]
+    return [*lines, f"REFUSED: {report['refused']}"] if report["refused"] else lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

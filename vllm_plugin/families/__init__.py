@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """Where vLLM finds a family's classes, as ``module:Class``."""
+    """What a family is called, and where vLLM finds its classes."""
 
-    architecture: str
+    architecture: str  # of config.json, as is model_type
     model_type: str
-    config_cls: str
+    config_cls: str  # module:Class
     model_cls: str
+    checkpoints: str  # the published ones
+    presets: tuple[str, ...]  # strategies of the model cards, the first recommended
+    exact: str  # what equals the published computation
+    approximate: str  # what does not, or is not known to
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -20,6 +24,32 @@ FAMILIES: tuple[Family, ...] = (
         "sdar",
         "vllm_unmask.families.sdar:SDARConfig",
         "vllm_unmask.families.sdar:SDARForCausalLM",
+        checkpoints="SDAR 1.7B, 4B, 8B (Chat, -b4 to -b64); TraDo 4B, 8B; TDAR 8B",
+        presets=("sdar", "sdar_entropy", "tdar"),
+        exact="logits, KV and prefix cache, as of the whole sequence in one forward",
+        approximate="nothing; TraDo's and TDAR's config.json was not seen",
+    ),
+    Family(
+        "SDARMoeForCausalLM",
+        "sdar_moe",
+        "vllm_unmask.families.sdar_moe:SDARMoeConfig",
+        "vllm_unmask.families.sdar_moe:SDARMoeForCausalLM",
+        checkpoints="SDAR-30B-A3B (Chat, Chat-b32, Sci)",
+        presets=("sdar", "sdar_entropy"),
+        exact="logits, KV and prefix cache, as of the whole sequence in one forward",
+        approximate="nothing; the release's config.json was not seen",
+    ),
+    Family(
+        "LLaDA2MoeModelLM",
+        "llada2_moe",
+        "vllm_unmask.families.llada2:LLaDA2MoeConfig",
+        "vllm_unmask.families.llada2:LLaDA2MoeModelLM",
+        checkpoints="LLaDA2.0 and 2.1, mini and flash",
+        presets=("llada2", "llada21_quality", "llada21_speed"),
+        exact="logits (router in float32), KV and prefix cache, as of the whole "
+        "sequence in one forward",
+        approximate="nothing; LLaDA2.1's config.json was not seen; LLaDA2.2's "
+        "insertions and deletions are not served",
     ),
 )
 

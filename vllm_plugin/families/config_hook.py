@@ -45,10 +45,12 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         options = parse_server_options(vllm_config.additional_config)
         block_length = _block_length(vllm_config, options)
         if options.max_candidates is None:
-            most = min(max(CANDIDATE_ROWS // block_length, 2), 16)
+            most = min(max(CANDIDATE_ROWS // block_length, 3), 16)
             options = replace(options, max_candidates=most)
         mask_token_id = _mask_token_id(vllm_config, options)
         _refuse_unsupported(vllm_config)
+        if options.causal_kv:
+            _set_backend_for_both_masks(vllm_config)
         require_steps_fit(options.decoding, block_length)
         require_candidates_fit(options)
 
@@ -194,6 +196,19 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"{flag} is not supported for block-diffusion models "
                 f"({model.architecture}); remove it"
             )
+
+
+def _set_backend_for_both_masks(vllm_config: VllmConfig) -> None:
+    """Choose a backend that takes causal and bidirectional rows in one batch."""
+    attention = vllm_config.attention_config
+    if current_platform.is_cpu():
+        return
+    if attention.backend not in (None, AttentionBackendEnum.TRITON_ATTN):
+        raise ValueError(
+            f"causal_kv needs --attention-backend TRITON_ATTN, not "
+            f"{attention.backend.name}: rows of a batch differ in what they see"
+        )
+    attention.backend = AttentionBackendEnum.TRITON_ATTN
 
 
 def _set_page_size(vllm_config: VllmConfig, block_length: int) -> None:

@@ -5,15 +5,12 @@ Qwen3's network and weight names, untied; block-causal attention on a grid from
 position 0; row i scores token i.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Qwen3Config
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from vllm_unmask.engine import model_state_cls
-
-if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import BlockDiffusionModelState
+from vllm_unmask.families.block_causal import BlockCausalLM
 
 
 class SDARConfig(Qwen3Config):
@@ -38,9 +35,5 @@ class SDARConfig(Qwen3Config):
         self.canvas_length = block_size
 
 
-class SDARForCausalLM(Qwen3ForCausalLM):
+class SDARForCausalLM(BlockCausalLM, Qwen3ForCausalLM):
     """Qwen3 with the canvas of a block-causal diffusion model."""
-
-    @staticmethod
-    def get_model_state_cls() -> "type[BlockDiffusionModelState]":
-        return model_state_cls()

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family on one engine: its network, its loading, and every feature on it."""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import engine_calls
+import family_calls
+import jsonschema
+import pytest
+import structured_calls
+import torch
+from checkpoints import Weights, write_checkpoint
+from dense_reference import (
+    block_causal_mask,
+    choose_static,
+    choose_threshold,
+    decode,
+)
+from engine_process import EngineProcess
+from family_references import REFERENCES, Config, Reference
+
+from vllm_unmask.families import FAMILIES
+
+pytestmark = pytest.mark.e2e
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model" / "sdar"
+BLOCK = 4
+PAGE = 32
+MAX_TOKENS = 27
+# Those of the demo model's tokenizer, behind which the random weights stand.
+IDS = {"vocab_size": 512, "mask_token_id": 4, "eos_token_id": 1, "bos_token_id": None}
+STATIC = {"unmask_strategy": "static"}
+THRESHOLD = {"unmask_strategy": "threshold", "unmask_threshold": 0.5}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "count": {"type": "integer"},
+        "tags": {"type": "array", "items": {"enum": ["red", "blue"]}, "maxItems": 3},
+    },
+    "required": ["name", "count", "tags"],
+    "additionalProperties": False,
+}
+
+
+class Served(NamedTuple):
+    """An engine, and what it should compute."""
+
+    architecture: str
+    engine: EngineProcess
+    config: Config
+    weights: Weights
+    reference: Reference
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        mask = block_causal_mask(len(ids), BLOCK)
+        return self.reference.logits(self.config, self.weights, ids, mask)
+
+    def decode(self, prompt: list[int], choose: Any, **options: Any) -> list[int]:
+        options = {"max_tokens": MAX_TOKENS} | options
+        output, _ = decode(
+            self.config,
+            self.weights,
+            prompt,
+            block=BLOCK,
+            choose=choose,
+            logits_of=self.reference.logits,
+            **options,
+        )
+        return output
+
+    def generate(self, prompts: list[list[int]], params: Any) -> list[list[int]]:
+        outputs = self.engine.run(engine_calls.generate, prompts, params)
+        return [output["tokens"] for output in outputs]
+
+
+@pytest.fixture(scope="module", params=[f.architecture for f in FAMILIES])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    path = tmp_path_factory.mktemp(request.param)
+    reference = REFERENCES[request.param]
+    config = reference.config(BLOCK, **IDS)
+    weights = write_checkpoint(path, config)
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(DEMO / file, path)
+    with EngineProcess(
+        model=str(path),
+        skip_tokenizer_init=False,
+        block_size=PAGE,
+        # Too few pages for eight requests.
+        num_gpu_blocks_override=12,
+    ) as engine:
+        yield Served(request.param, engine, config, weights, reference)
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    return [
+        [rng.randrange(5, 512) for _ in range(length)]
+        for length in (1, 3, 4, 5, 8, 23, 41)
+    ]
+
+
+def greedy(extra: dict[str, Any], **params: Any) -> dict[str, Any]:
+    return {
+        "temperature": 0,
+        "ignore_eos": True,
+        "max_tokens": MAX_TOKENS,
+        "extra_args": extra,
+    } | params
+
+
+def test_every_logit_equals_the_dense_reference(
+    served: Served, record_property: Any
+) -> None:
+    _, records = served.engine.run(
+        engine_calls.generate_recorded, prompts(), greedy(THRESHOLD)
+    )
+    worst = largest = 0.0
+    for record in records:
+        start = len(record["prefix"])
+        expected = served.logits(record["prefix"] + record["active"])[start:]
+        worst = max(worst, float((record["logits"] - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    print(
+        f"{served.architecture}: largest logit difference {worst:.1e} of {largest:.1f} "
+        f"in {len(records)} steps"
+    )
+    record_property("largest_logit_difference", worst)
+    assert worst < 2e-4
+    assert not served.engine.run(family_calls.trusts_remote_code)
+
+
+@pytest.mark.parametrize("rule", ["static", "threshold"])
+def test_output_equals_whole_sequence_decoding(served: Served, rule: str) -> None:
+    extra, choose = {
+        "static": (STATIC, choose_static),
+        "threshold": (THRESHOLD, partial(choose_threshold, threshold=0.5)),
+    }[rule]
+    outputs = served.generate(prompts(), greedy(extra))
+    assert outputs == [served.decode(prompt, choose) for prompt in prompts()]
+    # Random weights that always say the same would prove little.
+    assert len(set(sum(outputs, []))) > 15
+
+
+def kinds(weights: Weights) -> dict[str, str]:
+    """Kind of a weight (its name without numbers) -> the last one of that kind."""
+    return {
+        ".".join(part for part in name.split(".") if not part.isdigit()): name
+        for name in weights
+    }
+
+
+def test_missing_weights_are_errors(served: Served) -> None:
+    """One of each kind, down to one projection of one expert."""
+
+    def error(weights: Weights, **options: Any) -> str | None:
+        return served.engine.run(family_calls.loading_error, weights, **options)
+
+    assert error(served.weights) is None
+    # A trainer's update, after the first loading, comes in parts.
+    assert error(served.weights, parts=3) is None
+    for name in kinds(served.weights).values():
+        rest = {n: w for n, w in served.weights.items() if n != name}
+        assert f"checkpoint lacks 1 weight ({name})" in str(error(rest))
+        module, _, kind = name.rpartition(".")
+        if kind == "weight":
+            found = str(error(rest, quantized=True))
+            assert f"checkpoint lacks 1 weight ({module})" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.9.input_layernorm.weight", "layers.9"),
+        ("model.layers.0.input_layernorm.bias", "model.layers.0.input_layernorm.bias"),
+        ("model.layers.0.extra.weight", "extra"),
+        ("score.weight", "score"),
+    ],
+)
+def test_unexpected_weights_are_errors(served: Served, name: str, said: str) -> None:
+    more = {**served.weights, name: torch.zeros(96)}
+    assert said in str(served.engine.run(family_calls.loading_error, more))
+
+
+def test_what_old_exporters_add_is_dropped(served: Served) -> None:
+    name = "model.layers.0.attention.rotary_emb.inv_freq"
+    more = {**served.weights, name: torch.zeros(16)}
+    assert served.engine.run(family_calls.loading_error, more) is None
+
+
+def test_head_of_a_tied_model_may_be_there(served: Served) -> None:
+    without = {n: w for n, w in served.weights.items() if n != "lm_head.weight"}
+    for weights in (served.weights, without):
+        error = served.engine.run(family_calls.loading_error, weights, tied=True)
+        assert error is None
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_wrong_shapes_are_errors(served: Served, factor: float) -> None:
+    for name in kinds(served.weights).values():
+        weight = torch.cat((served.weights[name], served.weights[name]))
+        weight = weight[: int(factor * len(weight) / 2)].clone()
+        wrong = {**served.weights, name: weight}
+        assert served.engine.run(family_calls.loading_error, wrong), name
+
+
+def test_prefix_cache_hit_equals_cold_run(served: Served) -> None:
+    prompt = prompts()[-1]
+    served.engine.run(engine_calls.reset_prefix_cache)
+    cold, warm = (
+        served.engine.run(engine_calls.generate, [prompt], greedy(STATIC))[0]
+        for _ in range(2)
+    )
+    assert (cold["num_cached_tokens"], warm["num_cached_tokens"]) == (0, PAGE)
+    assert warm["tokens"] == cold["tokens"] == served.decode(prompt, choose_static)
+    # What was generated is in the cache as well.
+    longer = (prompt + cold["tokens"])[:-1]
+    (output,) = served.engine.run(engine_calls.generate, [longer], greedy(STATIC))
+    assert output["num_cached_tokens"] == 2 * PAGE
+    assert output["tokens"] == served.decode(longer, choose_static)
+
+
+def test_alone_equals_batched(served: Served) -> None:
+    """Strategies and temperatures of a batch change nobody's output."""
+    presets = next(f for f in FAMILIES if f.architecture == served.architecture).presets
+    params = [
+        greedy(STATIC, max_tokens=9),
+        greedy(STATIC, temperature=1.0, seed=7),
+        greedy(THRESHOLD, temperature=0.7, seed=8, top_p=0.9, top_k=20),
+        greedy({**THRESHOLD, "unmask_order": "entropy"}, temperature=0.5, seed=3),
+        *(greedy({"unmask_strategy": preset}) for preset in presets),
+    ]
+    each = [prompts()[i % len(prompts())] for i in range(len(params))]
+    together = served.generate(each, params)
+    for prompt, param, tokens in zip(each, params, together, strict=True):
+        assert served.generate([prompt], param) == [tokens], param
+
+
+def test_stop_tokens(served: Served) -> None:
+    """Those of the checkpoint, which vLLM reads, and those of a request."""
+    prompt = prompts()[4]
+    biased = greedy(STATIC, logit_bias={1: 100.0}, ignore_eos=False)
+    (output,) = served.engine.run(engine_calls.generate, [prompt], biased)
+    assert (output["tokens"], output["finish_reason"]) == ([1], "stop")
+    free = served.decode(prompt, choose_static)
+    stop = free[len(free) // 2]
+    (output,) = served.engine.run(
+        engine_calls.generate, [prompt], greedy(STATIC, stop_token_ids=[stop])
+    )
+    assert output["tokens"] == free[: free.index(stop) + 1]
+    assert output["finish_reason"] == "stop"
+
+
+def test_sampling_parameters(served: Served) -> None:
+    prompt = prompts()[5]
+    hot = greedy(STATIC, temperature=1.5, seed=1)
+    first, again, other = served.generate([prompt] * 3, [hot, hot, hot | {"seed": 2}])
+    assert first == again != other
+    # With one candidate all positions are equally sure: from left to right.
+    (only,) = served.generate([prompt], hot | {"top_k": 1})
+    assert only == served.decode(prompt, lambda masked, *_: masked[:1])
+    allowed = [7, 8, 9]
+    (few,) = served.generate([prompt], hot | {"allowed_token_ids": allowed})
+    assert set(few) <= set(allowed) and len(few) == MAX_TOKENS
+    (output,) = served.engine.run(
+        engine_calls.generate, [prompt], greedy(STATIC, logprobs=2)
+    )
+    assert output["tokens"] == served.decode(prompt, choose_static)
+    for token, entries in zip(output["tokens"], output["logprobs"], strict=True):
+        assert entries[token][1] == 1 and len(entries) == 2
+
+
+def test_grammar_with_random_weights(served: Served) -> None:
+    """Valid by the grammar alone, through the chat template."""
+    params = [
+        {
+            "structured_outputs": {"json": SCHEMA},
+            "temperature": temperature,
+            "seed": 5,
+            "max_tokens": 60,
+            "extra_args": extra,
+        }
+        for temperature in (0.0, 1.0)
+        for extra in (STATIC, THRESHOLD)
+    ]
+    answers = served.engine.run(
+        structured_calls.chat, ["one", "two", "three", "four"], params
+    )
+    for answer in answers:
+        jsonschema.validate(json.loads(answer["text"]), SCHEMA)
+
+
+def test_preempted_requests_go_on_as_if_nothing_happened(served: Served) -> None:
+    rng = random.Random(31)
+    many = [[rng.randrange(5, 512) for _ in range(24 + i)] for i in range(8)]
+    outputs, counts = served.engine.run(
+        engine_calls.generate_counting, many, greedy(STATIC, max_tokens=36)
+    )
+    assert counts["preemptions"] > 0
+    for prompt, output in zip(many, outputs, strict=True):
+        assert output["tokens"] == served.decode(prompt, choose_static, max_tokens=36)

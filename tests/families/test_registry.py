@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of families, its page, and the config classes."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import llada2_config, sdar_moe_config
+from family_references import REFERENCES
+
+from vllm_unmask.families import FAMILIES, Family
+from vllm_unmask.presets import PRESETS
+
+PAGE = Path(__file__).parents[2] / "vllm_plugin" / "families" / "README.md"
+
+
+def config_class(family: Family) -> Any:
+    module, _, name = family.config_cls.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def rows(num_columns: int) -> list[list[str]]:
+    """The table of the page with that many columns, without its head."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    return [row for row in cells if len(row) == num_columns]
+
+
+def test_page_says_what_the_list_says() -> None:
+    assert rows(6) == [
+        [
+            f"`{family.architecture}`",
+            family.checkpoints,
+            str(config_class(family)().block_size),
+            ", ".join(f"`{preset}`" for preset in family.presets),
+            family.exact,
+            family.approximate,
+        ]
+        for family in FAMILIES
+    ]
+    measured = [row[0].strip("`") for row in rows(4)]
+    assert measured == [family.architecture for family in FAMILIES]
+
+
+def test_every_family_has_a_reference_and_known_strategies() -> None:
+    assert list(REFERENCES) == [family.architecture for family in FAMILIES]
+    for family in FAMILIES:
+        assert family.presets and set(family.presets) <= set(PRESETS)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_published_keys(family: Family) -> None:
+    """The tiny config of the tests is that of a checkpoint of this family."""
+    published = REFERENCES[family.architecture].config(8)
+    config = config_class(family)(**published)
+    assert published["architectures"] == [family.architecture]
+    assert (published["model_type"], config.model_type) == (family.model_type,) * 2
+    assert (config.block_size, config.canvas_length) == (8, 8)
+    assert not config.tie_word_embeddings
+    for key in ("mask_token_id", "eos_token_id", "head_dim", "num_key_value_heads"):
+        assert getattr(config, key) == published[key]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
+def test_the_release_stands_in_for_missing_keys(family: Family) -> None:
+    published = REFERENCES[family.architecture].config(
+        ..., mask_token_id=..., head_dim=..., eos_token_id=..., rotary_dim=...
+    )
+    config = config_class(family)(**published)
+    expected = {
+        "sdar": (4, 151669, None),
+        "sdar_moe": (4, 151669, None),
+        "llada2_moe": (32, 156895, 156892),
+    }[family.model_type]
+    found = config.block_size, config.mask_token_id, config.eos_token_id
+    assert found == expected
+    assert config.canvas_length == config.block_size
+    assert config.head_dim == 128
+
+
+def test_sdar_moe_normalises_the_experts_weights() -> None:
+    cls = config_class(FAMILIES[1])
+    assert cls(**sdar_moe_config(norm_topk_prob=...)).norm_topk_prob
+    assert not cls(**sdar_moe_config(norm_topk_prob=False)).norm_topk_prob
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("score_function", "softmax"),
+        ("use_rmsnorm", False),
+        ("norm_topk_prob", False),
+        ("use_qkv_bias", True),
+        ("rotary_dim", 32),
+    ],
+)
+def test_llada2_refuses_another_network(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key}={value!r} in config.json"):
+        config_class(FAMILIES[2])(**llada2_config(**{key: value}))
+
+
+@pytest.mark.parametrize("use_qk_norm", [..., True, False])
+def test_llada2_does_not_ask_whether_queries_are_normalised(use_qk_norm: Any) -> None:
+    config_class(FAMILIES[2])(**llada2_config(use_qk_norm=use_qk_norm))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {
+            "rope_theta": ...,
+            "partial_rotary_factor": ...,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ],
+    ids=["published", "transformers 5"],
+)
+def test_llada2_rotates_half_of_the_channels(keys: dict[str, Any]) -> None:
+    from vllm.transformers_utils.config import patch_rope_parameters
+
+    config = config_class(FAMILIES[2])(**llada2_config(**keys))
+    patch_rope_parameters(config)
+    assert config.rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    }

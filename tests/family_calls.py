@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions on a family's model class that tests run beside an engine."""
+
+import copy
+from typing import Any
+
+import engine_calls
+import torch
+
+
+def loading_error(
+    llm: Any,
+    weights: dict[str, torch.Tensor],
+    parts: int = 1,
+    quantized: bool = False,
+    tied: bool = False,
+) -> str | None:
+    """What a fresh model of the engine's class says to these weights; None: nothing.
+
+    Args:
+        parts: into how many calls of ``load_weights`` they are split, after a first
+            one with all of them; 1: one call in all.
+        quantized: whether the model believes that they are quantized.
+        tied: whether its head is its embedding.
+
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    config = copy.copy(engine_calls.model_runner(llm).vllm_config)
+    # Layers enter themselves there by name, and the engine's own are in already.
+    config.compilation_config = copy.copy(config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    config.compilation_config.static_all_moe_layers = []
+    config.model_config = copy.copy(config.model_config)
+    hf_config = copy.deepcopy(config.model_config.hf_config)
+    hf_config.tie_word_embeddings = tied
+    config.model_config.hf_config = config.model_config.hf_text_config = hf_config
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.float32):
+        model = initialize_model(config)
+    model._quantized = quantized
+    items = list(weights.items())
+    try:
+        model.load_weights(items)
+        for part in range(parts if parts > 1 else 0):
+            model.load_weights(items[part::parts])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def trusts_remote_code(llm: Any) -> bool:
+    """Whether the engine was allowed to run a checkpoint's own code."""
+    return bool(engine_calls.model_runner(llm).model_config.trust_remote_code)
