@@ -19,10 +19,11 @@ from vllm_unmask.decoding.fusing import (
     update_credit,
 )
 from vllm_unmask.decoding.learned import Filter
+from vllm_unmask.decoding.reading import row_statistics
 from vllm_unmask.decoding.rules import Inputs, accept, scheduled
 from vllm_unmask.decoding.sampling import REMASK_STREAM, uniform
 from vllm_unmask.decoding.scoring import Scores
-from vllm_unmask.decoding.statistics import RowStatistics, row_statistics
+from vllm_unmask.decoding.statistics import RowStatistics
 from vllm_unmask.decoding.strategy import Block, Parameters, State, integers, is_stop
 
 # What needs how much of the row statistics.

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from vllm_unmask.decoding.composition import Evidence
-from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores, score
+from vllm_unmask.decoding.reading import score
+from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores
 from vllm_unmask.decoding.statistics import greedy_scores
 from vllm_unmask.engine.states import CanvasStates
 
@@ -39,7 +40,7 @@ class Candidates:
         """Candidates of one block of each request, each tensor [requests, block].
 
         Args:
-            logits: float32 [requests * block, vocab], banned tokens at -inf.
+            logits: [requests * block, vocab], banned tokens at -inf.
             positions: int64 [requests * block], absolute.
             slots_np: int64 [requests] -> request slot.
             request_slots: the same on the device.
