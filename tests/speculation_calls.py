@@ -6,18 +6,23 @@ from typing import Any
 import engine_calls
 
 
-def use_random_weights(llm: Any, seed: int) -> None:
-    """Replace the model by another one of its shape, sure enough to agree at times."""
+def use_random_weights(llm: Any, seed: int, sharpness: float = 1.0) -> None:
+    """Replace the model by another one of its shape.
+
+    Args:
+        llm: the engine.
+        seed: of the weights.
+        sharpness: factor of the logits.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    sharpness = 1 + seed % 5
     for name, parameter in engine_calls.model_runner(llm).model.named_parameters():
-        if parameter.dim() < 2:
-            continue
-        scale = sharpness if "lm_head" in name else 1
-        values = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(values * scale * parameter.shape[-1] ** -0.5)
+        if parameter.dim() > 1:
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(values * parameter.shape[-1] ** -0.5)
+        elif name == "model.norm.weight":
+            parameter.data.fill_(sharpness)
     engine_calls.reset_prefix_cache(llm)
 
 
@@ -33,7 +38,7 @@ def compare_random_models(
     """
     compared = []
     for seed in range(num_models):
-        use_random_weights(llm, seed)
+        use_random_weights(llm, seed, sharpness=0.5 + seed % 4)
         batches = [[prompt] for prompt in prompts] if seed % 2 else [prompts]
         for asked in params:
             strategy = asked["extra_args"]["unmask_strategy"]

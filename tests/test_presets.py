@@ -34,7 +34,13 @@ GENERAL = {"strategy", "steps", "step_sizes", "order", "confidence_from", "doubt
 GENERAL |= {"trace"}
 NAMES = {field.name for field in fields(DecodingOptions)}
 # Beside which options a filler's default has an effect, where it has not always.
-BESIDE = {"remask_rate": {"remask": "cap"}}
+BESIDE = {
+    "remask_rate": {"remask": "cap"},
+    "score_on": {"route": "score_hysteresis"},
+    "score_off": {"route": "score_hysteresis"},
+    "min_span": {"route": "span_length"},
+    "exploration": {"route": "contextual_bandit"},
+}
 
 
 def parse(strategy: str, **options: object) -> DecodingOptions:
@@ -197,3 +203,37 @@ def test_refusal(strategy: str, message: str) -> None:
 
 def test_allowed_names_all() -> None:
     assert all(name in allowed() for name in [*FILLERS, *PRESETS])
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("s2d2_sdar_4", "sdar_4"),
+        ("s2d2_sdar_16", "sdar_16"),
+        ("s2d2_fast_dllm_v2", "fast_dllm_v2_4"),
+        ("s2d2_fast_dllm_v2", "fast_dllm_v2_16"),
+        ("s2d2_fast_dllm_v2_32", "fast_dllm_v2_32"),
+        ("s2d2_llada2_conservative", "llada2_conservative"),
+        ("s2d2_llada2_quality", "llada2_quality"),
+    ],
+)
+def test_presets_of_s2d2_are_the_published_ones(preset: str, published: str) -> None:
+    from vllm_unmask.decoding.routing import PUBLISHED
+
+    options, config = parse(preset), PUBLISHED[published]
+    read = {
+        "span_length": {"min_span": config.min_span},
+        "score_threshold": {"min_score": config.min_score},
+        "score_hysteresis": {
+            "score_on": config.on_above,
+            "score_off": config.off_below,
+        },
+    }[config.policy]
+    if config.policy != "span_length":
+        read |= {
+            "acceptance_estimate": config.estimate,
+            "verify_cost": config.cost,
+            "cost_per_token": config.dynamic,
+        }
+    read |= {"route": config.policy, "threshold": config.threshold, "tempering": 1.0}
+    assert {name: options.value(name) for name in read} == read

@@ -66,7 +66,7 @@ class ServerOptions:
             "int",
             "canvases of one request that a forward may check when it speculates, its "
             "own included; 1: no request speculates; unset: as many as have 128 rows, "
-            "at least 2 and at most 16",
+            "at least 3 and at most 16",
             optional=True,
             low=1,
             high=16,
@@ -78,6 +78,15 @@ class ServerOptions:
             "bool",
             "check as many candidates as have been paying, by tokens a second at the "
             "server's load; without it as many as requests ask for",
+        ),
+    )
+    causal_kv: bool = option(
+        False,
+        Limits(
+            "bool",
+            "keep the keys and values that complete blocks have token by token, as in "
+            "autoregressive decoding, so that a verification (s2d2) is exactly that; "
+            "not what block-diffusion models were trained with",
         ),
     )
     grammar_guard: bool = option(
@@ -202,10 +211,20 @@ def require_candidates_fit(
         prefix: of the request's keys.
 
     Raises:
-        OptionError: `candidates` is larger than `max_candidates`.
+        OptionError: `candidates` is larger than `max_candidates`, or that leaves no
+            room for a verification.
 
     """
-    wanted, most = (options or server.decoding).candidates, server.max_candidates
+    options, most = options or server.decoding, server.max_candidates
+    if "s2d2" in options.fillers and most is not None and most < 3:
+        raise refused(
+            prefix + "strategy",
+            options.strategy,
+            f"another strategy, or a server with max_candidates of at least 3, not "
+            f"{most}",
+            "verifies in rows that this server does not have",
+        )
+    wanted = options.candidates
     if wanted is not None and most is not None and wanted > most:
         raise refused(
             prefix + "candidates",

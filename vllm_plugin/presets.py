@@ -153,6 +153,23 @@ FILLERS: Mapping[str, Filler] = {
         "steps that were drafted right need no forward, same output (FreeDave)",
         {"candidates": None},
     ),
+    "s2d2": Filler(
+        "speculate",
+        "diffusion drafts, the same weights verify one by one (S2D2)",
+        {
+            "route": "score_threshold",
+            "acceptance_estimate": "entropy_decay",
+            "estimate_parameter": None,
+            "verify_cost": 0.0,
+            "cost_per_token": False,
+            "min_score": 0.0,
+            "score_on": 0.0,
+            "score_off": -1.0,
+            "min_span": 1,
+            "exploration": 1.0,
+            "tempering": 1.0,
+        },
+    ),
 }
 # A strategy may have several of these.
 _PLURAL = {"fuse"}
@@ -220,6 +237,45 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "remdm_rescale": Preset(
         "static+remdm", {"remask": "rescale", "remask_rate": 0.015}, "ReMDM-rescale"
+    ),
+    "s2d2_sdar_4": Preset(
+        "threshold+s2d2",
+        {"threshold": 0.85, "verify_cost": 1.0},
+        "S2D2 on SDAR, blocks of 4",
+    ),
+    "s2d2_sdar_16": Preset(
+        "threshold+s2d2", {"threshold": 0.85}, "S2D2 on SDAR, blocks of 16"
+    ),
+    "s2d2_fast_dllm_v2": Preset(
+        "threshold+s2d2",
+        {
+            "route": "score_hysteresis",
+            "verify_cost": 1.0,
+            "cost_per_token": True,
+            "score_on": 1.0,
+            "score_off": -5.0,
+        },
+        "S2D2 on Fast-dLLM v2, blocks of 4 and 16",
+    ),
+    "s2d2_fast_dllm_v2_32": Preset(
+        "threshold+s2d2",
+        {"route": "span_length", "min_span": 8},
+        "S2D2 on Fast-dLLM v2, blocks of 32",
+    ),
+    "s2d2_llada2_conservative": Preset(
+        "threshold+edit+s2d2",
+        {
+            "threshold": 0.95,
+            "edit_threshold": 0.9,
+            "verify_cost": 4.0,
+            "min_score": -5.0,
+        },
+        "S2D2 on LLaDA2.1, conservative",
+    ),
+    "s2d2_llada2_quality": Preset(
+        "threshold+edit+s2d2",
+        {"threshold": 0.7, "edit_threshold": 0.5, "verify_cost": 4.0},
+        "S2D2 on LLaDA2.1, quality",
     ),
     "mdpo_rcr": Preset("static+rcr", {}, "MDPO's running confidence remasking"),
 }
@@ -298,6 +354,11 @@ def compose(strategy: str) -> Composition:
         raise StrategyError(
             f"names {chosen['speculate']} and {chosen['ahead']}: both use the rows "
             "behind the open block"
+        )
+    remasked = {"rcr", "remdm"}.intersection(names)
+    if "s2d2" in names and remasked:
+        raise StrategyError(
+            f"names s2d2 and {remasked.pop()}: what was verified would be masked again"
         )
     defaults: dict[str, Any] = {}
     for name in names:

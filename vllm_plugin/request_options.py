@@ -36,7 +36,20 @@ def _of(option: str, kind: Any, doc: str, **limits: Any) -> Any:
     )
 
 
+def _of_route(routes: tuple[str, ...], kind: Any, doc: str, **limits: Any) -> Any:
+    """An option of the filler s2d2, for some of its routes."""
+    return _of_strategy(
+        kind,
+        doc,
+        applies=lambda options: options.value("route") in routes,
+        condition="s2d2 and route=" + " or ".join(routes),
+        **limits,
+    )
+
+
 _PROBABILITY: Any = {"low": 0.0, "high": 1.0}
+_SCORES = ("score_threshold", "score_hysteresis")
+_SCORE: Any = {"low": -256.0, "high": 256.0}
 
 
 @dataclass(frozen=True)
@@ -239,6 +252,67 @@ class DecodingOptions:
         low=1,
         optional=True,
     )
+    route: str | None = _of(
+        "route",
+        "choice",
+        "when the first run of masks is verified: by its length, by a score of what "
+        "that is expected to gain, or as a bandit has learnt",
+        choices=(
+            "always",
+            "never",
+            "span_length",
+            "score_threshold",
+            "score_hysteresis",
+            "contextual_bandit",
+        ),
+    )
+    acceptance_estimate: str | None = _of_route(
+        _SCORES,
+        "choice",
+        "how likely a draft is to be accepted, from margin, entropy or confidence",
+        choices=(
+            "margin_threshold",
+            "entropy_threshold",
+            "confidence_power",
+            "margin_linear",
+            "entropy_decay",
+        ),
+    )
+    estimate_parameter: float | None = _of_route(
+        _SCORES,
+        "float",
+        "parameter of that estimate; unset: the paper's",
+        low=0.0,
+        optional=True,
+    )
+    verify_cost: float | None = _of_route(
+        _SCORES, "float", "accepted drafts that a verification has to pay for", low=0.0
+    )
+    cost_per_token: bool | None = _of_route(
+        _SCORES, "bool", "that cost for each position that is sure, not once"
+    )
+    min_score: float | None = _of_route(
+        ("score_threshold",), "float", "score from which to verify", **_SCORE
+    )
+    score_on: float | None = _of_route(
+        ("score_hysteresis",), "float", "score above which to begin", **_SCORE
+    )
+    score_off: float | None = _of_route(
+        ("score_hysteresis",), "float", "score below which to stop", **_SCORE
+    )
+    min_span: int | None = _of_route(
+        ("span_length",), "int", "masks in a row from which to verify", low=1
+    )
+    exploration: float | None = _of_route(
+        ("contextual_bandit",), "float", "weight of what is not known yet", low=0.0
+    )
+    tempering: float | None = _of(
+        "tempering",
+        "float",
+        "exponent of the ratio that a draft passes with: below 1 more pass; 1 keeps "
+        "the law of decoding one by one",
+        low=0.0,
+    )
     doubt: float | None = _of_strategy(
         "float",
         "with diffusion_seed_canvas: a seeded token less probable than this is masked",
@@ -269,6 +343,14 @@ class DecodingOptions:
             if name in source:
                 return source[name]
         return None
+
+    def number(self, name: str, unset: float = 0.0) -> float:
+        """An option's value as a number: a choice by its place, `unset` for None."""
+        value = self.value(name)
+        if value is None:
+            return unset
+        limits = next(f for f in fields(self) if f.name == name).metadata["limits"]
+        return limits.choices.index(value) if limits.choices else float(value)
 
 
 # Of every strategy that does not say otherwise.

@@ -129,6 +129,9 @@ def test_trace_replays_to_the_output(engine: EngineProcess, strategy: str) -> No
     assert [token.token_id for token in trace.tokens] == answer["tokens"]
     if "freedave" in calls.fillers(strategy):
         assert trace.num_steps >= answer["forwards"]
+    elif "s2d2" in calls.fillers(strategy):
+        # A step that is verified takes a forward more.
+        assert trace.num_steps <= answer["forwards"]
     else:
         assert trace.num_steps == answer["forwards"]
     last = canvas_at(trace, trace.num_steps - 1)

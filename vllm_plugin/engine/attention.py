@@ -57,11 +57,23 @@ def build_block_causal_metadata(
     kv_cache_config: KVCacheConfig,
     block_length: int,
     windows: Windows | None,
+    num_final: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Attention metadata of a batch under the block-causal mask.
 
     Rows in windows are cut like the others, and see next to nothing: what they see
     instead is added to the metadata.
+
+    Args:
+        input_batch: vLLM's batch.
+        block_tables: of each KV group, gathered for the batch.
+        slot_mappings: of each KV group.
+        attn_groups: of each KV group.
+        kv_cache_config: of the engine.
+        block_length: positions in a block.
+        windows: of the batch.
+        num_final: int64 [requests], leading rows of each query that see their block
+            only up to themselves; None for none.
 
     Returns:
         Layer name -> the backend's metadata, as ``build_attn_metadata`` does.
@@ -75,6 +87,11 @@ def build_block_causal_metadata(
     query_start = torch.from_numpy(plan.query_start)
     upper_bound = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(plan.request)]
     seq_lens = input_batch.seq_lens[request] - after
+    causal: bool | torch.Tensor = False
+    if num_final is not None:
+        ends = input_batch.query_start_loc[:num_reqs] + num_final
+        starts = async_tensor_h2d(plan.query_start[:-1], device=device)
+        causal = (starts < ends[request]).to(torch.int32)
     if windows is not None:
         starts = async_tensor_h2d(plan.query_start, device=device)
         behind = window_rows(windows, input_batch.num_tokens)[starts[:-1].long()]
@@ -93,7 +110,7 @@ def build_block_causal_metadata(
         kv_cache_config=kv_cache_config,
         seq_lens_cpu_upper_bound=upper_bound,
         positions=input_batch.positions,
-        causal=False,
+        causal=causal,
     )
     if windows is not None:
         (table,) = block_tables

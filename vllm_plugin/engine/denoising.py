@@ -7,18 +7,17 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_unmask.decoding.canvas import stay
 from vllm_unmask.decoding.scoring import Scores
-from vllm_unmask.engine.bad_words import BadWords
+from vllm_unmask.engine.biases import Biases
 from vllm_unmask.engine.candidates import AHEAD_STEPS, Candidates
 from vllm_unmask.engine.grammar_step import GrammarStep, Unmasked
 from vllm_unmask.engine.logprobs import BlockLogprobs
 from vllm_unmask.engine.openings import NextBlocks
 from vllm_unmask.engine.strategy_step import StrategyStep
+from vllm_unmask.engine.verification import Decided, Drafted
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
@@ -32,6 +31,7 @@ class StepLogits(NamedTuple):
     # The same of the next blocks of those requests that look ahead.
     ahead: torch.Tensor | None = None  # [requests that look ahead * block, vocab]
     ahead_positions: torch.Tensor | None = None
+    drafted: Drafted | None = None  # of requests that verify
 
 
 class Stepped(NamedTuple):
@@ -80,18 +80,16 @@ class Stepper:
         self.canvas = self.states.canvas
         self.geometry = model_state.geometry
         self.sampling_states = base.sampling_states
-        self.logit_bias = next(
-            processor
-            for processor in base.logits_processors
-            if isinstance(processor, LogitBiasState)
-        )
-        self.bad_words = BadWords(self.states, base.req_states)
+        self.biases = Biases(base, self.states)
+        self.bad_words = self.biases.bad_words
         self.logprobs = BlockLogprobs(base.logprobs_mode == "raw_logits")
         self.grammars = model_state.grammars
         self.strategies = model_state.strategies
         self.openings = model_state.openings
         self.candidates = Candidates(self.sampling_states, self.states)
         self.tracer = model_state.tracer
+        self.verifier = model_state.verifier
+        self.drafts = model_state.drafts
 
     def step(
         self,
@@ -124,8 +122,9 @@ class Stepper:
         grammar = GrammarStep(self.grammars, members) if members else None
         groups = self.strategies.groups(rows.slots_np)
         fused = any("credit" in group.fillers for group in groups)
-        logits = self._apply_biases(
-            raw_logits, positions, rows, active, worded, grammar, fused
+        wide = bool(groups) or inputs.drafted is not None
+        logits = self.biases.apply(
+            raw_logits, positions, rows, active, worded, grammar, fused, wide
         )
         strategy, device = None, active.device
         if groups:
@@ -158,9 +157,16 @@ class Stepper:
             scores.confidence,
             scores.order,
         )
-        before, early, hold = active, None, None
+        before, early, hold, wait = active, None, None, None
         if strategy is not None:
             before, scores, accepted, early, hold = strategy.decide(scores, accepted)
+        if inputs.drafted is not None:
+            decided = self._verify(
+                inputs.drafted, inputs, rows, masked, logits, scores, accepted, worded
+            )
+            scores, accepted, untouched, wait = decided
+            before = torch.where(untouched.unsqueeze(1), active, before)
+            rows = rows._replace(width=rows.width.where(~wait, 0))
         if worded:
             accepted = self.bad_words.withdraw(accepted, scores, before, rows)
         if grammar is None:
@@ -188,6 +194,7 @@ class Stepper:
         following = None
         if strategy is not None:
             hold = strategy.held(hold, done.active, grammar)
+            hold = hold if wait is None else hold & ~untouched
             width = torch.where(hold, 0, width)
             if opened is None:
                 following = self._next_blocks(rows, strategy, inputs)
@@ -219,6 +226,65 @@ class Stepper:
             num_tokens[row] = 1
         return Stepped(tokens, num_tokens, logprobs, scores, complete)
 
+    def _verify(
+        self,
+        drafted: Drafted,
+        inputs: StepLogits,
+        rows: "DenoisingRows",
+        masked: torch.Tensor,
+        logits: torch.Tensor,
+        scores: Scores,
+        accepted: torch.Tensor,
+        worded: bool,
+    ) -> Decided:
+        """Verify drafts, and hold new ones for the next forward.
+
+        Args:
+            drafted: the requests concerned.
+            inputs: of the step.
+            rows: all requests that denoise.
+            masked: bool [requests, block], of all.
+            logits: float32 [requests * block, vocab], after biases.
+            scores: each tensor [requests, block].
+            accepted: bool [requests, block], what the strategy would unmask.
+            worded: whether any request has bad words.
+        """
+        length, mask_id = self.geometry
+        index = async_tensor_h2d(drafted.rows, device=masked.device)
+        mine, verifier_logits = rows.slots[index], None
+        if drafted.logits is not None:
+            drafted.logits[:, mask_id] = -torch.inf
+            some = rows.choose(drafted.rows, length)
+            places = inputs.positions.view(-1, length)[index].flatten()
+            verifier_logits = self.biases.apply(
+                drafted.logits, places, some, drafted.ids, worded, None, False
+            )
+            members = self.grammars.members(some.slots_np)
+            if members:
+                GrammarStep(self.grammars, members).constrain_draft(
+                    verifier_logits, drafted.ids, drafted.ready
+                )
+        decided = self.verifier.decide(
+            drafted,
+            rows.slots,
+            rows.slots_np,
+            masked,
+            logits,
+            verifier_logits,
+            scores,
+            accepted,
+            self.canvas.step[rows.slots],
+            inputs.positions,
+            self.sampling_states,
+        )
+        block, gaps = self.open_blocks(mine)
+        self.drafts.hold(
+            mine,
+            torch.where(gaps, decided.scores.tokens[index], block),
+            decided.wait[index],
+        )
+        return decided
+
     def open_blocks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Open blocks and their masked positions, each [requests, block].
 
@@ -248,6 +314,8 @@ class Stepper:
             canvas, rows.slots, width, after, mask_id
         )
         complete = canvas.pending[rows.slots]
+        if self.verifier.slots:
+            self.verifier.reported(rows.slots, complete)
         if opened is not None and before is not None:
             stay(canvas, rows.slots, before, after, width > 0, opened)
             num_tokens = num_tokens.where(~opened, 0)
@@ -279,39 +347,3 @@ class Stepper:
                 self.strategies.threshold_ahead(slots_np),
             )
         return following
-
-    def _apply_biases(
-        self,
-        logits: torch.Tensor,
-        positions: torch.Tensor,
-        rows: "DenoisingRows",
-        active: torch.Tensor,
-        worded: bool,
-        grammar: GrammarStep | None,
-        fused: bool,
-    ) -> torch.Tensor:
-        """Logit bias, allowed tokens, min_tokens, bad words, grammar, in float32."""
-        biased = self.logit_bias.use_logit_bias[rows.slots_np].any()
-        if not biased and not worded and grammar is None and not fused:
-            return logits.float()
-        # A copy: log-probabilities are reported from the model's own logits.
-        logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
-        if biased:
-            length = self.geometry.block_length
-            slots = rows.slots.repeat_interleave(length)
-            context = LogitsContext(
-                expanded_idx_mapping=slots,
-                idx_mapping=rows.slots,
-                idx_mapping_np=rows.slots_np,
-                expanded_local_pos=torch.zeros_like(slots, dtype=torch.int32),
-                input_ids=active.reshape(-1),
-                # vLLM's row i scores token i + 1, ours scores token i.
-                pos=positions - 1,
-                seq_lens_upper_bound_np=np.zeros(0, dtype=np.int32),
-            )
-            logits = self.logit_bias.apply(logits, context)
-        if worded:
-            self.bad_words.ban(logits, active, rows)
-        if grammar is not None:
-            grammar.constrain(logits)
-        return logits

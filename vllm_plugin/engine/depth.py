@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.options import DecodingOptions
 
 # Steps that a depth is tried or kept before the next choice.
@@ -129,6 +130,8 @@ class WindowPlan:
         self.pages = 1 + most * block_length // page_size
         self.depth = Depth(most) if adaptive else None
         self.wanted: dict[str, int] = {}  # request id -> windows that it asks for
+        # Requests whose output depends on having theirs: those that verify.
+        self.fixed: dict[str, int] = {}
         self.allowed = most
         self.measured = False
 
@@ -137,13 +140,20 @@ class WindowPlan:
         if "freedave" in options.fillers and self.most:
             candidates = options.value("candidates") or self.most + 1
             self.wanted[req_id] = candidates - 1
+        if "s2d2" in options.fillers:
+            self.fixed[req_id] = NUM_WINDOWS
 
     def forget(self, req_id: str) -> None:
         """A request has left."""
         self.wanted.pop(req_id, None)
+        self.fixed.pop(req_id, None)
 
     def of(self, req_id: str) -> int:
         """Windows of a request in the step that is being planned."""
+        return self.fixed.get(req_id, 0) + self.optional(req_id)
+
+    def optional(self, req_id: str) -> int:
+        """How many of them it can do without."""
         return min(self.wanted.get(req_id, 0), self.allowed)
 
     def next_step(self, num_running: int, waiting: bool, free_pages: int) -> None:

@@ -28,6 +28,7 @@ from vllm_unmask.engine.states import BlockGeometry, CanvasStates
 from vllm_unmask.engine.strategies import Strategies
 from vllm_unmask.engine.strategy_data import Delimiters
 from vllm_unmask.engine.tracing import Tracer
+from vllm_unmask.engine.verification import Verifier
 from vllm_unmask.engine.windows import (
     Windows,
     attend_in_windows,
@@ -127,9 +128,13 @@ class BlockDiffusionModelState(ModelState):
             self.model_config.max_model_len,
             device,
         )
+        self.verifier = Verifier(
+            self.max_num_reqs, self.geometry, self.vocab_size, device
+        )
         if self.drafts.depth:
             attend_in_windows(model)
         self.windows: Windows | None = None
+        self.causal_kv: bool = served["server"]["causal_kv"]
         self.asynchronous = vllm_config.scheduler_config.async_scheduling
         self.denoising: DenoisingRows | None = None
 
@@ -161,6 +166,7 @@ class BlockDiffusionModelState(ModelState):
         )
         self.tracer.add_request(req_index, req_id, options.trace)
         self.drafts.add_request(req_index, options)
+        self.verifier.add_request(req_index, req_id, options)
         self.openings.add_request(
             req_index,
             req_id,
@@ -176,6 +182,7 @@ class BlockDiffusionModelState(ModelState):
         self.grammars.remove_request(req_id)
         self.openings.remove_request(req_id)
         self.strategies.remove_request(req_id)
+        self.verifier.remove_request(req_id)
 
     def apply_staged_writes(self) -> None:
         self.states.apply_staged_writes()
@@ -310,5 +317,21 @@ class BlockDiffusionModelState(ModelState):
             kv_cache_config,
             self.geometry.block_length,
             self.windows,
+            self._num_final(input_batch) if self.causal_kv else None,
         )
         return metadata
+
+    def _num_final(self, input_batch: InputBatch) -> torch.Tensor:
+        """Leading rows of each query whose KV this step makes final, int64."""
+        num_reqs, length = input_batch.num_reqs, self.geometry.block_length
+        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
+        query_len = input_batch.num_scheduled_tokens[:num_reqs]
+        num_drafts = input_batch.num_draft_tokens_per_req
+        if num_drafts is None:
+            return to_device(query_len)
+        known = query_len - num_drafts
+        lead = np.zeros_like(known) if self.asynchronous else known // length * length
+        slots = to_device(input_batch.idx_mapping_np[:num_reqs])
+        pending = self.states.canvas.pending[slots]
+        final = torch.where(pending, length, to_device(lead))
+        return torch.where(to_device(num_drafts) > 0, final, to_device(query_len))

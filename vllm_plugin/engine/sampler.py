@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_unmask.engine import logprobs
 from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
 from vllm_unmask.engine.strategy_step import block_start
+from vllm_unmask.engine.verification import NUM_WINDOWS, Drafted
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
@@ -60,16 +61,15 @@ class BlockDiffusionSampler:
     def add_request(self, req_index: int, sampling_params: SamplingParams) -> None:
         stepper = self.stepper
         self.sampling_states.add_request(req_index, sampling_params)
-        stepper.logit_bias.add_request(req_index, sampling_params)
+        stepper.biases.add_request(req_index, sampling_params)
         stepper.logprobs.forget(req_index)
-        stepper.bad_words.add_request(req_index, sampling_params.bad_words_token_ids)
         self.has_staged_writes = True
 
     def apply_staged_writes(self) -> None:
         # The runner calls this every step; only new requests write.
         if self.has_staged_writes:
             self.sampling_states.apply_staged_writes()
-            self.stepper.logit_bias.apply_staged_writes()
+            self.stepper.biases.logit_bias.apply_staged_writes()
             self.has_staged_writes = False
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
@@ -121,14 +121,45 @@ class BlockDiffusionSampler:
         ahead = end
         if rows.ahead is not None:
             ahead += len(rows.ahead.rows) * length
-        inputs = StepLogits(
-            logits[:end], positions[:end], logits[end:ahead], positions[end:ahead]
-        )
         speculating, drafts = rows.speculating, self.model_state.drafts
+        inputs = StepLogits(
+            logits[:end],
+            positions[:end],
+            logits[end:ahead],
+            positions[end:ahead],
+            self._drafted(logits[ahead:], rows),
+        )
         stepped = self.stepper.step(inputs, rows, drafts.take_closing(rows.slots))
         if speculating is None:
             return stepped
         start = block_start(rows, inputs.positions.view(-1, length).long())
         return drafts.follow(
             self.stepper, speculating, logits[ahead:], rows, start, stepped
+        )
+
+    def _drafted(self, logits: torch.Tensor, rows: "DenoisingRows") -> Drafted | None:
+        """What the windows of requests that verify say.
+
+        Args:
+            logits: [rows, vocab], of the windows.
+            rows: the requests that denoise.
+        """
+        verifier, device = self.model_state.verifier, logits.device
+        mine = verifier.members(rows.slots_np)
+        if not len(mine):
+            return None
+        length, speculating = self.geometry.block_length, rows.speculating
+        none = torch.zeros(len(mine), dtype=torch.bool, device=device)
+        ids = torch.zeros((len(mine), length), dtype=torch.int64, device=device)
+        if speculating is None or speculating.width < NUM_WINDOWS:
+            return Drafted(mine, none, ids, None)
+        place = np.searchsorted(speculating.rows, mine)
+        index = async_tensor_h2d(place, device=device, dtype=torch.int64)
+        windows = logits.view(len(speculating.rows), -1, length, logits.shape[1])
+        candidates = speculating.windows.candidates
+        return Drafted(
+            mine,
+            candidates.count[index] == NUM_WINDOWS,
+            candidates.ids[index, 0],
+            windows[index, NUM_WINDOWS - 1].flatten(0, 1),
         )

@@ -205,9 +205,9 @@ class BlockDiffusionScheduler(Scheduler):
             if start + num_new_tokens >= request.num_tokens:
                 return num_new_tokens
             return num_new_tokens // length * length
-        windows = self.windows.of(request.request_id) * length
+        windows = self.windows.optional(request.request_id) * length
         if self._in_flight(request):
-            whole = 2 * length
+            whole = (2 + self.windows.of(request.request_id)) * length - windows
         else:
             room = self.max_model_len - request.num_computed_tokens
             whole = min(self._canvas_length(request) - windows, room)

@@ -22,6 +22,7 @@ from vllm_unmask.decoding.drafting import Candidates
 from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
 from vllm_unmask.engine.states import BlockGeometry
+from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.engine.windows import Windows
 from vllm_unmask.options import DecodingOptions
 
@@ -63,6 +64,7 @@ class Drafts:
         self.device = device
         # Windows that a slot's request asks for, 0 for one that does not speculate.
         self.limit = np.zeros(max_num_reqs, np.int64)
+        self.guesses = np.zeros(max_num_reqs, np.bool_)  # the windows hold candidates
         self.scheduled = np.zeros(max_num_reqs, np.bool_)
         # Every field: request slot -> value.
         self.candidates = Candidates(
@@ -79,8 +81,9 @@ class Drafts:
 
     def add_request(self, slot: int, options: DecodingOptions) -> None:
         """Take over a slot."""
-        self.limit[slot] = 0
-        if "freedave" in options.fillers:
+        self.guesses[slot] = "freedave" in options.fillers
+        self.limit[slot] = NUM_WINDOWS if "s2d2" in options.fillers else 0
+        if self.guesses[slot]:
             wanted = options.value("candidates") or self.depth + 1
             self.limit[slot] = min(wanted - 1, self.depth)
         # Of a plain rule without a threshold, the schedule says what comes.
@@ -126,7 +129,27 @@ class Drafts:
             return None
         fitting = Candidates(*(field[slots] for field in self.candidates)).up_to(room)
         start = input_batch.positions[first] + canvas - length
-        return Windows(index_np, first + canvas, query_len - canvas, start, fitting)
+        guesses = async_tensor_h2d(self.guesses[slots_np[index_np]], device=self.device)
+        return Windows(
+            index_np, first + canvas, query_len - canvas, start, fitting, ~guesses
+        )
+
+    def hold(self, slots: torch.Tensor, ids: torch.Tensor, wait: torch.Tensor) -> None:
+        """Have drafts verified by the next forward.
+
+        Args:
+            slots: int64 [requests] -> request slot.
+            ids: int64 [requests, block], the blocks as drafted.
+            wait: bool [requests], which of them.
+        """
+        windows = torch.full_like(
+            self.candidates.ids[slots], self.geometry.mask_token_id
+        )
+        windows[:, 0] = ids
+        none = torch.full_like(slots, -1)
+        held = Candidates(windows, NUM_WINDOWS * wait, none, none)
+        for kept, new in zip(self.candidates, held, strict=True):
+            kept[slots] = new
 
     def take_closing(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Which blocks wait for nothing but their report, bool [requests].
@@ -162,19 +185,26 @@ class Drafts:
         Returns:
             All steps of this forward together.
         """
-        length = self.geometry.block_length
+        length, width = self.geometry.block_length, speculating.width
         index, candidates = speculating.rows, speculating.windows.candidates
+        logits = logits.view(len(index), width, length, logits.shape[1])
+        candidates = candidates._replace(ids=candidates.ids[:, :width])
+        mine = np.flatnonzero(self.guesses[rows.slots_np[index]])
+        if len(mine) < len(index):
+            of = async_tensor_h2d(mine, device=self.device)
+            candidates = Candidates(*(field[of] for field in candidates))
+            index, logits = index[mine], logits[of]
+        if not len(mine):
+            return stepped
         where = async_tensor_h2d(index, device=self.device)
         slots, start = rows.slots[where], start[where]
-        candidates = candidates._replace(ids=candidates.ids[:, : speculating.width])
-        logits = logits.view(len(index), speculating.width, length, logits.shape[1])
         column = torch.arange(length, device=self.device)
         canvas, counters = stepper.canvas, stepper.grammars.counters
         used = torch.zeros(logits.shape[:2], dtype=torch.bool, device=self.device)
         inside = torch.zeros_like(slots, dtype=torch.bool)
         closing = inside
         num_accepted = 0
-        while speculating.width:
+        while width:
             found = drafting.find(
                 candidates,
                 used,
@@ -212,7 +242,7 @@ class Drafts:
         # Logits of a next block that was opened behind another guess are no base for a
         # step, but one for a guess. Without any there is nothing to draft from.
         stale = pending & ~inside & (candidates.opening >= 0)
-        stale &= candidates.opening < speculating.width
+        stale &= candidates.opening < width
         chosen = np.flatnonzero(stale.cpu().numpy())
         if len(chosen):
             which = async_tensor_h2d(chosen, device=self.device)

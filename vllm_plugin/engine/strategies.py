@@ -18,13 +18,13 @@ from vllm_unmask.decoding.history import Stability
 from vllm_unmask.decoding.learned import Filter
 from vllm_unmask.decoding.strategy import Parameters, State
 from vllm_unmask.engine.states import BlockGeometry
-from vllm_unmask.options import DecodingOptions, decoding_limits
+from vllm_unmask.options import DecodingOptions
 from vllm_unmask.seeds import Seeds
 
 # Not a filler that a request can name: its canvas starts with more than masks.
 SEEDED = "seeded"
 # Fillers that change how many steps a forward serves, and no step.
-SPECULATION = frozenset({"freedave"})
+SPECULATION = frozenset({"freedave", "s2d2"})
 # Filler -> what it remembers, as the functions of `decoding` call it.
 _MEMORY = {
     "klass": ("stability",),
@@ -142,7 +142,11 @@ class Strategies:
         if kind not in self.kinds:
             self.kinds.append(kind)
         self.kind[slot] = self.kinds.index(kind)
-        self.parameters[slot] = [self._number(options, name) for name in _COLUMNS]
+        length = self.geometry.block_length
+        unset = {"steps": length, "sub_block_length": max(length // 4, 1)}
+        self.parameters[slot] = [
+            options.number(name, unset.get(name, 0)) for name in _COLUMNS
+        ]
         eos = params.eos_token_id
         stops = [*params.stop_token_ids, *([] if eos is None else [eos])]
         missing = len(stops) - self.stop_ids.shape[1]
@@ -157,15 +161,6 @@ class Strategies:
     def remove_request(self, req_id: str) -> None:
         """Free what is too large to wait for the slot's next request."""
         self.distributions.pop(self.settling.pop(req_id, -1), None)
-
-    def _number(self, options: DecodingOptions, name: str) -> float:
-        value = options.value(name)
-        if value is None:
-            length = self.geometry.block_length
-            unset = {"steps": length, "sub_block_length": max(length // 4, 1)}
-            return unset.get(name, 0)
-        choices = decoding_limits()[name].choices
-        return choices.index(value) if choices else float(value)
 
     def groups(self, slots_np: np.ndarray[Any, Any]) -> list[Group]:
         """The groups of a step; empty if all of its requests are plain.

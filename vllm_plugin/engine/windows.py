@@ -20,7 +20,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_unmask.decoding.drafting import Candidates
 from vllm_unmask.kernels.window_attention import window_attention
-from vllm_unmask.kernels.window_attention.masks import candidates_mask, pack_masks
+from vllm_unmask.kernels.window_attention.masks import (
+    candidates_mask,
+    pack_masks,
+    s2d2_mask,
+)
 
 # Where attention metadata carries the windows of a batch.
 ATTRIBUTE = "unmask_windows"
@@ -34,6 +38,7 @@ class Windows(NamedTuple):
     num_rows: torch.Tensor  # int64 [requests], rows from there to the query's end
     start: torch.Tensor  # int64 [requests], absolute position of the open block
     candidates: Candidates  # what they hold, no more than there is room for
+    verifies: torch.Tensor  # bool [requests], a draft and the masks that verify it
 
     def logits_rows(self, width: int, num_tokens: int) -> torch.Tensor:
         """Rows of the first ``width`` windows, int64 [requests * width * block]."""
@@ -130,6 +135,10 @@ def window_metadata(
     led = (window == opening[request]) & (leader[request] >= 0)
     front = own[leader[request].clamp(min=0) * length]
     mask = torch.where(led.unsqueeze(1), mask | front, mask)
+    if depth > 1:
+        draft = _draft_masks(length, depth).to(device)
+        row = (window * length + column).clamp(0, len(draft) - 1)
+        mask = torch.where(windows.verifies[request].unsqueeze(1), draft[row], mask)
     return WindowMetadata(
         block_table[requests],
         prefix_lens.to(torch.int32),
@@ -143,6 +152,14 @@ def window_metadata(
 def _own_masks(length: int, depth: int) -> torch.Tensor:
     """Rows that see their own window, int32 [depth * length, words]."""
     return pack_masks([candidates_mask(length, depth)])
+
+
+@cache
+def _draft_masks(length: int, depth: int) -> torch.Tensor:
+    """Rows of a draft and of the masks that verify it, int32 [2 * length, words]."""
+    mask = torch.zeros((depth * length, depth * length), dtype=torch.bool)
+    mask[: 2 * length, : 2 * length] = s2d2_mask(length)
+    return pack_masks([mask])[: 2 * length]
 
 
 def attend_in_windows(model: nn.Module) -> None:
