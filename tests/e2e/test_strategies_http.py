@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strategies and their traces over HTTP: OpenAI's client, the CLI, the example."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from e2e.server import Server
@@ -117,6 +119,39 @@ def test_seeds_and_pins(server: Server, record: dict[str, str]) -> None:
     )
 
 
+@pytest.mark.parametrize("strategy", ["freedave", "s2d2"])
+def test_speculation_streamed_sixteen_at_once(server: Server, strategy: str) -> None:
+    """Twice as many as the server runs at a time, with and without a schema."""
+    rows = held_out("json", 16)
+    schema = {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
+    structured = {
+        "type": "json_schema",
+        "json_schema": {"name": "any", "schema": schema},
+    }
+
+    def ask(index: int, name: str) -> str:
+        chunks = chat(
+            server,
+            rows[index]["prompt"],
+            {"unmask_strategy": name},
+            stream=True,
+            **({"response_format": structured} if index % 2 else {}),
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(lambda index: ask(index, strategy), range(16)))
+    if strategy == "freedave":
+        assert texts == [ask(index, "static") for index in range(16)]
+    for index, text in enumerate(texts):
+        if index % 2:
+            jsonschema.validate(json.loads(text), schema)
+    right = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
+    assert sum(right[::2]) >= 7
+    counted = {"freedave": "drafted", "s2d2": "tokens_verified"}[strategy]
+    assert server.metric(f"vllm:unmask_speculation_{counted}_total") > 0
+
+
 WRONG = {
     "unknown": ({"unmask_strategy": "tresh"}, "did you mean 'threshold'?"),
     "excluded": ({"unmask_strategy": "klass+bacd"}, "names both klass and bacd"),
@@ -132,6 +167,19 @@ WRONG = {
     "seed not in the vocabulary": ({"diffusion_seed_canvas": [10**6]}, "0 to 511"),
     "seed of text": ({"diffusion_seed_canvas": ["a"]}, "a list of token ids"),
     "pins alone": ({"diffusion_pinned": [1]}, "is given alone"),
+    "candidates of nothing": ({"unmask_candidates": 2}, "beside freedave"),
+    "too many candidates": (
+        {"unmask_strategy": "freedave", "unmask_candidates": 99},
+        "the server's max_candidates",
+    ),
+    "speculation twice": (
+        {"unmask_strategy": "freedave+s2d2"},
+        "names both freedave and s2d2",
+    ),
+    "route": (
+        {"unmask_strategy": "s2d2", "unmask_route": "sometimes"},
+        "score_threshold",
+    ),
     "doubt alone": ({"unmask_doubt": 0.5}, "a diffusion_seed_canvas to doubt"),
 }
 

@@ -32,6 +32,9 @@ COUNTERS = {
     "speculation_forwards": "Forward passes of requests that speculate, one for each.",
     "speculation_drafted": "Candidates that these forwards held besides canvases.",
     "speculation_accepted": "Denoising steps taken on candidates, without a forward.",
+    "speculation_verified": "Drafts that the same weights verified one by one.",
+    "speculation_tokens_verified": "Tokens of those that passed or were put right.",
+    "speculation_tokens_corrected": "Of these, the ones that were put right.",
 }
 # Upper bounds of grammar work, microseconds a request and step.
 BUCKETS = (10, 20, 50, 100, 150, 250, 500, 1000, 2500, 5000, 10000)

@@ -20,6 +20,12 @@ from vllm_unmask.engine.verification import NUM_WINDOWS, Drafted
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
 
+# Counters of what `Verifier.totals` adds up.
+VERIFIED = (
+    "speculation_verified",
+    "speculation_tokens_verified",
+    "speculation_tokens_corrected",
+)
 # What vLLM's runner reads of a sampler that keeps no penalty counts.
 _NO_PENALTIES = SimpleNamespace(output_bin_counts=None)
 
@@ -57,6 +63,7 @@ class BlockDiffusionSampler:
         self.sampling_states = base.sampling_states
         self.stepper = Stepper(base, model_state)
         self.has_staged_writes = False
+        self.num_steps = 0
 
     def add_request(self, req_index: int, sampling_params: SamplingParams) -> None:
         stepper = self.stepper
@@ -92,6 +99,7 @@ class BlockDiffusionSampler:
                 nans = nans.view(len(index), -1).sum(dim=1)
                 num_nans = _place(nans, index, torch.zeros_like(num_rejected))
             stepped = self._denoise(logits, input_batch, rows)
+            self._count_verified(logits.is_cuda)
             tokens = _place(stepped.tokens, index, tokens)
             num_sampled = _place(stepped.num_tokens, index, num_sampled)
             num_rejected = _place(rows.num_open, index, num_rejected)
@@ -103,6 +111,15 @@ class BlockDiffusionSampler:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _count_verified(self, waits: bool) -> None:
+        """Tell the counters; not in every step if that waits for the device."""
+        totals = self.model_state.verifier.totals
+        self.num_steps += 1
+        if self.model_state.verifier.slots and not (waits and self.num_steps % 64):
+            for name, count in zip(VERIFIED, totals.tolist(), strict=True):
+                self.stepper.grammars.counters.add(name, count)
+            totals.zero_()
 
     def _denoise(
         self, logits: torch.Tensor, input_batch: InputBatch, rows: "DenoisingRows"

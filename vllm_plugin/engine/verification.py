@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """S2D2 in the engine: a draft in one forward, its verification in the next.
 
-A denoising step of a request that verifies takes one forward or two. The first is the
-diffusion mode's; its scores say, by a routing policy, whether to go on as the strategy
-would or to have the first span of masks verified. Then the canvas stays as it is, and
-the next forward holds, besides it, the block as drafted and a block of masks: row
-``i`` of that one sees the drafted rows left of ``i`` and itself, which is what the same
-weights see when they decode one position after another. The canvas's own rows give the
-draft's law once more, so nothing of the size of the vocabulary is kept in between.
+A step of a request that verifies takes one forward or two. By the scores of the first
+a routing policy decides whether to go on as the strategy would, or to have the first
+span of masks verified. Then the canvas stays as it is, and the next forward also holds
+the block as drafted and a block of masks: row ``i`` of that one sees the drafted rows
+left of ``i`` and itself, as the same weights do when they decode one by one. The
+canvas's own rows give the draft's law once more, so no law is kept in between.
 """
 
 from collections import OrderedDict
@@ -25,8 +24,7 @@ from vllm_unmask.decoding.verifying import ACCEPTANCE_STREAM, RESIDUAL_STREAM
 from vllm_unmask.engine.states import BlockGeometry
 from vllm_unmask.options import DecodingOptions
 
-# Windows of a request that verifies: the block as drafted, and masks.
-NUM_WINDOWS = 2
+NUM_WINDOWS = 2  # of a request that verifies: the block as drafted, and masks
 # Options that routing and acceptance read, as columns of a table of slots.
 _COLUMNS = (
     "route",
@@ -108,16 +106,17 @@ class Verifier:
         self.mine = np.zeros(max_num_reqs, np.bool_)
         # Now, and when the open block was opened: a preempted request goes on from
         # there, as from its tokens.
-        self.memory = self._new_memory()
-        self.opened = self._new_memory()
+        self.memory = self._new_memory(max_num_reqs)
+        self.opened = self._new_memory(max_num_reqs)
         self.bucket = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         # bool [slots]: a draft waits for its verification.
         self.waiting = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
+        # Drafts verified, positions accepted, positions corrected, so far.
+        self.totals = torch.zeros(3, dtype=torch.int64, device=device)
         self.slots: dict[str, int] = {}
         self.left: OrderedDict[str, _Memory] = OrderedDict()
 
-    def _new_memory(self, count: int | None = None) -> _Memory:
-        count = self.max_num_reqs if count is None else count
+    def _new_memory(self, count: int) -> _Memory:
         return _Memory(
             torch.zeros(count, dtype=torch.bool, device=self.device),
             routing.new_bandit(count, self.device),
@@ -149,8 +148,8 @@ class Verifier:
             return
         where = torch.tensor([slot], device=self.device)
         self.left[req_id] = self.opened.take(where)
-        # Which of the two it is nobody says, so the oldest go.
-        while len(self.left) > self.max_num_reqs:
+        if len(self.left) > self.max_num_reqs:
+            # Which of the two it is nobody says, so the oldest go.
             self.left.popitem(last=False)
 
     def reported(self, slots: torch.Tensor, done: torch.Tensor) -> None:
@@ -228,12 +227,15 @@ class Verifier:
                 sampling,
             )
             chosen = torch.where(ready.unsqueeze(1), verified.accepted, chosen)
+            corrected = verified.accepted & (verified.tokens != drafted.ids)
+            for place, what in enumerate((ready, verified.accepted, corrected)):
+                self.totals[place] += what.sum()
             tokens = torch.where(verified.accepted, verified.tokens, tokens)
         memory = _select(routed, after, before)
         gained = routing.reward_bandit(memory.bandit, bucket, ready, chosen.sum(dim=1))
         resolved = (ready | self.waiting[mine] | routed) & ~wait
-        rewarded = memory._replace(bandit=gained)
-        self.memory.put(mine, _select(resolved, rewarded, memory))
+        memory = _select(resolved, memory._replace(bandit=gained), memory)
+        self.memory.put(mine, memory)
         self.bucket[mine], self.waiting[mine] = bucket, wait
         none = torch.zeros_like(slots, dtype=torch.bool)
         return Decided(

@@ -26,6 +26,8 @@ from vllm_unmask.kernels.window_attention.masks import (
     s2d2_mask,
 )
 
+# Those whose cache `_cache_views` knows.
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # Where attention metadata carries the windows of a batch.
 ATTRIBUTE = "unmask_windows"
 
@@ -163,9 +165,20 @@ def _draft_masks(length: int, depth: int) -> torch.Tensor:
 
 
 def attend_in_windows(model: nn.Module) -> None:
-    """Make the attention layers of a model carry out the windows of a batch."""
+    """Make the attention layers of a model carry out the windows of a batch.
+
+    Raises:
+        ValueError: the platform has chosen a backend whose cache we do not know.
+    """
     for layer in model.modules():
         if isinstance(layer, Attention):
+            name = layer.attn_backend.get_name()
+            if name not in BACKENDS:
+                raise ValueError(
+                    f"Self-speculation cannot read the KV cache of {name}: start the "
+                    'server with --additional-config \'{"unmask": {"max_candidates": '
+                    f"1}}}}', or with --attention-backend {BACKENDS[-1]}"
+                )
             impl_cls: Any = type(layer.impl)
             layer.impl.__class__ = _windowed(impl_cls)
 

@@ -5,12 +5,13 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_unmask.families import ON_SERVED
@@ -44,9 +45,9 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         options = parse_server_options(vllm_config.additional_config)
         block_length = _block_length(vllm_config, options)
-        if options.max_candidates is None:
-            most = min(max(CANDIDATE_ROWS // block_length, 3), 16)
-            options = replace(options, max_candidates=most)
+        options = replace(
+            options, max_candidates=_max_candidates(vllm_config, options, block_length)
+        )
         mask_token_id = _mask_token_id(vllm_config, options)
         _refuse_unsupported(vllm_config)
         if options.causal_kv:
@@ -108,6 +109,33 @@ def _filter(
     path = find_filter(options.filter, vllm_config.model_config.model, block_length)
     require_filter(options.decoding, path)
     return path
+
+
+def _max_candidates(
+    vllm_config: VllmConfig, options: ServerOptions, block_length: int
+) -> int:
+    """How far a request may speculate: not at all where the cache cannot be read."""
+    reason = None
+    if vllm_config.cache_config.cache_dtype.startswith("fp8"):
+        reason = "the KV cache is fp8"
+    elif current_platform.is_cpu():
+        x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+        narrow = vllm_config.model_config.dtype == torch.bfloat16
+        if not x86 or (narrow and torch.cpu._is_amx_tile_supported()):
+            reason = "vLLM keeps the KV cache in a layout of this CPU's own"
+    elif (backend := vllm_config.attention_config.backend) not in (
+        None,
+        AttentionBackendEnum.FLASH_ATTN,
+        AttentionBackendEnum.TRITON_ATTN,
+    ):
+        reason = f"the attention backend is {backend.name}"
+    if reason is None:
+        most = options.max_candidates
+        return most or min(max(CANDIDATE_ROWS // block_length, 3), 16)
+    if (options.max_candidates or 1) > 1:
+        raise refused("max_candidates", options.max_candidates, "1", f"and {reason}")
+    logger.info("No request speculates, because %s.", reason)
+    return 1
 
 
 def _block_length(vllm_config: VllmConfig, options: ServerOptions) -> int:
