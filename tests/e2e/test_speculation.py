@@ -28,7 +28,7 @@ NUM_MODELS = 12
 ALONE = [
     strategy
     for strategy in STRATEGIES
-    if compose(strategy).fillers.isdisjoint({"lookahead", "freedave"})
+    if compose(strategy).fillers.isdisjoint({"lookahead", "freedave", "s2d2"})
 ]
 
 

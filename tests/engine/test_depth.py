@@ -73,7 +73,7 @@ def plan(adaptive: bool = False) -> WindowPlan:
 
 def test_windows_of_requests() -> None:
     windows = plan()
-    windows.next_step(3, False, 100)
+    windows.next_step(3, 100)
     assert [windows.of(name) for name in "abc"] == [3, 1, 0]
     windows.forget("a")
     assert windows.of("a") == 0
@@ -81,11 +81,11 @@ def test_windows_of_requests() -> None:
 
 def test_nobody_has_to_make_room() -> None:
     windows = plan()
-    windows.next_step(3, True, 100)
+    windows.next_step(3, -5)
     assert windows.of("a") == 0
-    windows.next_step(3, False, 1)
+    windows.next_step(3, 1)
     assert windows.of("a") == 0
-    windows.next_step(3, False, 2)
+    windows.next_step(3, 2)
     assert windows.of("a") == 3
 
 
@@ -93,7 +93,7 @@ def test_adaptive_plan_never_exceeds_what_was_asked() -> None:
     windows = plan(adaptive=True)
     seen = set()
     for step in range(200):
-        windows.next_step(2, False, 100)
+        windows.next_step(2, 100)
         seen.add(windows.of("a"))
         assert windows.of("b") <= 1
         windows.start(2, True)

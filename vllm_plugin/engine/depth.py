@@ -2,9 +2,9 @@
 """How far to speculate: as far as it has been paying, by the clock.
 
 Windows cost rows. Next to a small batch these are nearly free; next to a large one they
-are not, and how many steps a forward then saves depends on the text. So several depths
-are tried, each for some steps, and the one with the most tokens a second is kept. What
-did not pay is tried again after ever longer times.
+are not, and how many steps a forward then saves depends on the text. So the depth is
+climbed like a ladder: beside the best one its neighbours are tried, for some steps, and
+one that did not pay is tried again after ever longer times.
 """
 
 from collections import deque
@@ -16,11 +16,13 @@ from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.options import DecodingOptions
 
 # Steps that a depth is tried or kept before the next choice.
-_TRIAL = 12
+_TRIAL = 24
 # Trials after which a depth that did not pay is tried again: at first, and at most.
-_SOON, _LATE = 8, 256
-# Weight of what was measured before, when a trial ends.
-_MEMORY = 0.7
+_SOON, _LATE = 8, 512
+# Weight of what was measured before, when a trial begins.
+_MEMORY = 0.8
+# How much better a depth must be than the best one to take its place.
+_MARGIN = 1.05
 
 
 @dataclass
@@ -48,12 +50,14 @@ class Depth:
     def __init__(self, most: int, clock: Callable[[], float] = perf_counter) -> None:
         self.arms = sorted({0, most} | {n for n in (1, 3, 7) if n < most})
         self.clock = clock
-        # Load, a power of two of running requests -> depth -> what it brought.
-        self.tried: dict[int, dict[int, _Arm]] = {}
+        # Load, a power of two of running requests -> what its depths brought, in the
+        # order of `arms`.
+        self.tried: dict[int, list[_Arm]] = {}
         self.trials: dict[int, int] = {}
+        self.best: dict[int, int] = {}
         self.current: dict[int, int] = {}
         self.left: dict[int, int] = {}
-        # Load, depth and start of the steps under way; None for one that is no measure.
+        # Load, place and start of the steps under way; None for one that is no measure.
         self.under_way: deque[tuple[int, int, float] | None] = deque()
         self.finished = 0.0
 
@@ -66,23 +70,28 @@ class Depth:
         load = num_running.bit_length()
         if self.left.get(load, 0) <= 0:
             self._next(load)
-        return self.current[load]
+        return self.arms[self.current[load]]
 
     def _next(self, load: int) -> None:
-        arms = self.tried.setdefault(load, {depth: _Arm() for depth in self.arms})
+        """Judge the trial that has ended, and choose what to run now."""
+        arms = self.tried.setdefault(load, [_Arm() for _ in self.arms])
         trial = self.trials[load] = self.trials.get(load, 0) + 1
-        best = max(arms, key=lambda depth: arms[depth].rate)
-        last = self.current.get(load)
-        if last is not None and last != best:
+        best, last = self.best.setdefault(load, 0), self.current.get(load, 0)
+        if last != best and arms[last].rate > _MARGIN * arms[best].rate:
+            # What it was better than may be so at another time.
+            arms[best].due = trial + arms[best].pause
+            best = self.best[load] = last
+            arms[best].pause = _SOON
+        elif last != best:
             arms[last].due = trial + arms[last].pause
             arms[last].pause = min(2 * arms[last].pause, _LATE)
-        arms[best].pause = _SOON
-        waiting = [depth for depth in arms if depth != best and arms[depth].due < trial]
-        chosen = waiting[0] if waiting else best
+        chosen = best
+        if arms[best].seconds:
+            beside = [n for n in (best + 1, best - 1) if 0 <= n < len(arms)]
+            chosen = next((n for n in beside if arms[n].due < trial), best)
         self.current[load], self.left[load] = chosen, _TRIAL
-        if arms[chosen].seconds:
-            arms[chosen].tokens *= _MEMORY
-            arms[chosen].seconds *= _MEMORY
+        arms[chosen].tokens *= _MEMORY
+        arms[chosen].seconds *= _MEMORY
 
     def start(self, num_running: int, depth: int, measured: bool) -> None:
         """A step begins.
@@ -92,8 +101,8 @@ class Depth:
             depth: what that said.
             measured: whether the step is what most are: no prompt in it.
         """
-        step = (num_running.bit_length(), depth, self.clock()) if measured else None
-        self.under_way.append(step)
+        step = (num_running.bit_length(), self.arms.index(depth), self.clock())
+        self.under_way.append(step if measured else None)
 
     def finish(self, num_tokens: int) -> None:
         """The oldest step under way ends.
@@ -104,11 +113,11 @@ class Depth:
         step = self.under_way.popleft() if self.under_way else None
         now = self.clock()
         if step is not None:
-            load, depth, started = step
-            arm = self.tried[load][depth]
+            load, place, started = step
+            arm = self.tried[load][place]
             arm.tokens += num_tokens
             arm.seconds += now - max(started, self.finished)
-            if depth == self.current[load]:
+            if place == self.current[load]:
                 self.left[load] -= 1
         self.finished = now
 
@@ -156,15 +165,15 @@ class WindowPlan:
         """How many of them it can do without."""
         return min(self.wanted.get(req_id, 0), self.allowed)
 
-    def next_step(self, num_running: int, waiting: bool, free_pages: int) -> None:
+    def next_step(self, num_running: int, free_pages: int) -> None:
         """Plan a step.
 
         Args:
             num_running: requests that share it.
-            waiting: whether others wait for something that these have.
-            free_pages: KV pages of nobody. A window must make no request leave.
+            free_pages: KV pages of nobody, less what requests wait for. A window must
+                make no request wait or leave.
         """
-        affordable = not waiting and free_pages >= len(self.wanted) * self.pages
+        affordable = free_pages >= len(self.wanted) * self.pages
         self.allowed = self.most if affordable else 0
         self.measured = bool(self.wanted) and affordable and self.depth is not None
         if self.measured and self.depth is not None:

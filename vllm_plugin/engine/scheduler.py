@@ -129,11 +129,10 @@ class BlockDiffusionScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         num_running = len(self.running)
-        self.windows.next_step(
-            num_running,
-            bool(self.waiting) and num_running < self.max_num_running_reqs,
-            self.kv_cache_manager.block_pool.get_num_free_blocks(),
-        )
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if self.windows.wanted and num_running < self.max_num_running_reqs:
+            free -= sum(2 + r.num_tokens // self.block_size for r in self.waiting)
+        self.windows.next_step(num_running, free)
         for request in self.running:
             if request.is_prefill_chunk:
                 continue

@@ -114,6 +114,13 @@ class Drafts:
             return None
         to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
         slots = to_device(slots_np[index_np])
+        if self.device.type == "cpu":
+            opened = pending.numpy()[slots_np[index_np]]
+            room_np = input_batch.num_scheduled_tokens[index_np] - (1 + opened) * length
+            if (room_np < length).all():
+                # Guesses are about the block that was open when they were made.
+                self.candidates.count[slots] = 0
+                return None
         first = to_device(input_batch.query_start_loc_np[index_np])
         query_len = to_device(input_batch.num_scheduled_tokens[index_np])
         canvas = torch.minimum((1 + pending[slots]) * length, query_len)
@@ -123,10 +130,6 @@ class Drafts:
             behind = (known >= length) & ~pending[slots]
             canvas = torch.where(behind, query_len, canvas)
         room = (query_len - canvas) // length
-        if self.device.type == "cpu" and not room.any():
-            # Guesses are about the block that was open when they were made.
-            self.candidates.count[slots] = 0
-            return None
         fitting = Candidates(*(field[slots] for field in self.candidates)).up_to(room)
         start = input_batch.positions[first] + canvas - length
         guesses = async_tensor_h2d(self.guesses[slots_np[index_np]], device=self.device)
