@@ -45,9 +45,14 @@ def test_grid_covers_every_preset_and_filler(modules, quick):
     configs = modules.grid.grid(quick)
     assert configs[0] == modules.grid.BASELINE
     assert len({config.label for config in configs}) == len(configs)
-    for name in PRESETS:
+    strategies = modules.grid.STRATEGIES
+    missing = {*FILLERS, *PRESETS} - {*strategies}
+    assert {f for name in missing for f in compose(name).fillers} >= {"s2d2"}
+    assert all({"s2d2", "freedave"} & compose(name).fillers for name in missing)
+    for name in strategies:
         assert any(c.strategy == name and not c.options for c in configs), name
-    for name in FILLERS:
+        if name in PRESETS:
+            continue
         choices = [c.options for c in configs if c.strategy == name]
         fewest = 2 if quick else 3
         assert {} in choices, name
@@ -278,7 +283,7 @@ def test_prompts_of_ones_own(modules, tmp_path):
 def test_the_shipped_result_has_every_preset(modules):
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     measured = {row["preset"] for row in result["rows"]}
-    assert measured >= {*PRESETS, *FILLERS} and not result["refused"]
+    assert measured >= {*modules.grid.STRATEGIES} and not result["refused"]
     assert all(row.keys() >= ROW_KEYS for row in result["rows"])
     assert result["confirmation"]["question"]["all"]["composition"] is not None
     modules.report.summary(result)

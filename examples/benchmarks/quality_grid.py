@@ -12,6 +12,14 @@ from vllm_unmask.presets import FILLERS, PRESETS, compose
 
 Options = Mapping[str, Any]
 
+# Self-speculation has a report of its own, `speculation.py`: what it is about is how
+# many forwards an output takes.
+_ELSEWHERE = {name for name, filler in FILLERS.items() if filler.slot == "speculate"}
+STRATEGIES = [
+    *(name for name in FILLERS if name not in _ELSEWHERE),
+    *(name for name in PRESETS if _ELSEWHERE.isdisjoint(compose(name).fillers)),
+]
+
 
 class Config(NamedTuple):
     """What a row of the result is about."""
@@ -146,10 +154,10 @@ def grid(quick: bool, only: Iterable[str] | None = None) -> list[Config]:
         only: strategies to take, and the baseline.
     """
     configs = [BASELINE]
-    for name in FILLERS:
+    for name in (name for name in STRATEGIES if name in FILLERS):
         choices = CHOICES[name][: 1 if quick else None]
         configs += [Config("filler", name, options) for options in ({}, *choices)]
-    configs += [Config("preset", name, {}) for name in PRESETS]
+    configs += [Config("preset", name, {}) for name in STRATEGIES if name in PRESETS]
     for name, choices in COMPOSITIONS.items():
         choices = choices[: 1 if quick else None]
         configs += [Config("composition", name, options) for options in choices]

@@ -44,7 +44,8 @@ from vllm_unmask.decoding.composition import (  # noqa: E402
 )
 from vllm_unmask.decoding.denoise import Strategy, accept  # noqa: E402
 from vllm_unmask.decoding.learned import Filter  # noqa: E402
-from vllm_unmask.decoding.scoring import Scores, score  # noqa: E402
+from vllm_unmask.decoding.reading import score  # noqa: E402
+from vllm_unmask.decoding.scoring import Scores  # noqa: E402
 from vllm_unmask.decoding.statistics import RowStatistics, greedy_scores  # noqa: E402
 from vllm_unmask.decoding.strategy import Block, State  # noqa: E402
 from vllm_unmask.options import decoding_limits  # noqa: E402
@@ -344,7 +345,11 @@ def run(quick: bool, repeats: int, threads: list[int]) -> dict[str, Any]:
     before = torch.get_num_threads()
     logits = random_logits(sizes)
     # Plain ones do not come through this layer.
-    fillers = [name for name in FILLERS if name not in ("static", "threshold")]
+    fillers = [
+        name
+        for name, filler in FILLERS.items()
+        if name not in ("static", "threshold") and filler.slot != "speculate"
+    ]
     try:
         rows = [
             item

@@ -62,6 +62,7 @@ class Drafts:
         self.depth = max_candidates - 1
         self.max_model_len = max_model_len
         self.device = device
+        self.on_cpu = device.type == "cpu"
         # Windows that a slot's request asks for, 0 for one that does not speculate.
         self.limit = np.zeros(max_num_reqs, np.int64)
         self.guesses = np.zeros(max_num_reqs, np.bool_)  # the windows hold candidates
@@ -112,15 +113,15 @@ class Drafts:
         index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
         if not len(index_np):
             return None
-        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
-        slots = to_device(slots_np[index_np])
-        if self.device.type == "cpu":
+        if self.on_cpu:
             opened = pending.numpy()[slots_np[index_np]]
             room_np = input_batch.num_scheduled_tokens[index_np] - (1 + opened) * length
             if (room_np < length).all():
                 # Guesses are about the block that was open when they were made.
-                self.candidates.count[slots] = 0
+                self.candidates.count.numpy()[slots_np[index_np]] = 0
                 return None
+        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
+        slots = to_device(slots_np[index_np])
         first = to_device(input_batch.query_start_loc_np[index_np])
         query_len = to_device(input_batch.num_scheduled_tokens[index_np])
         canvas = torch.minimum((1 + pending[slots]) * length, query_len)
@@ -238,7 +239,7 @@ class Drafts:
         counters.add("speculation_drafted", int(candidates.count.sum()))
         counters.add("speculation_accepted", num_accepted)
         self.closing[slots] = closing
-        self.any_closing = self.device.type != "cpu" or bool(self.closing.any())
+        self.any_closing = not self.on_cpu or bool(self.closing.any())
         pending = canvas.pending[slots]
         start = start + torch.where(pending, length, 0)
         scores = Scores(*(x[where] for x in stepped.scores))
