@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators of `vllm_unmask.kernels` take, beside their definitions in torch.
+
+    row_stats   best token, lead, entropy and a sample of each row of logits
+    window      rows in windows over a paged prefix, against torch's own
+                `scaled_dot_product_attention` on a contiguous copy of the same keys
+
+`bytes` are those that the operator has to read once; `bandwidth_share` is the time of
+reading as many bytes with a plain sum, in the same run, over ours. On a machine with a
+CUDA device the same rows are measured there. Everything is measured in turns in one
+process; the numbers are medians.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+HERE = Path(__file__).resolve().parent
+# Not a package: the tests import this file by its path.
+sys.path[:0] = [str(HERE)]
+
+from throughput import commit, cpu_name, say  # noqa: E402
+
+from vllm_unmask.kernels.row_statistics import (  # noqa: E402
+    NO_CONSTRAINTS,
+    Sampling,
+    reference,
+    row_statistics,
+)
+from vllm_unmask.kernels.window_attention import window_attention  # noqa: E402
+from vllm_unmask.kernels.window_attention.masks import (  # noqa: E402
+    candidates_mask,
+    pack_masks,
+)
+
+Work = Callable[[], Any]
+
+
+class Case(NamedTuple):
+    """One row of the result."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    reference: Work
+    ours: Work
+    read: Work  # reads as many bytes
+
+
+def row_stats(rows: int, vocab: int, dtype: torch.dtype, sampled: bool) -> Case:
+    """Statistics of random logits; the sample is drawn without truncation."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocab, generator=random).mul_(4).to(dtype).to(device)
+    sampling = None
+    if sampled:
+        draws = torch.rand(rows, generator=random, dtype=torch.float64)
+        sampling = Sampling(torch.ones(rows, device=device), draws.to(device))
+    integers = logits.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    return Case(
+        "row_stats_sampled" if sampled else "row_stats",
+        (rows, vocab),
+        str(dtype).removeprefix("torch."),
+        logits.numel() * dtype.itemsize,
+        lambda: reference.row_statistics(logits, sampling, NO_CONSTRAINTS),
+        lambda: row_statistics(logits, sampling),
+        lambda: integers.amax(),
+    )
+
+
+def window(requests: int, prefix: int, block: int, count: int) -> Case:
+    """Candidates of several requests behind prefixes of equal length."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    heads, kv_heads, dim, page = 8, 2, 64, 32
+    random = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(dtype).to(device)
+
+    width, pages = block * count, -(-prefix // page)
+    rows = requests * width
+    query, key, value = (tensor(rows, n, dim) for n in (heads, kv_heads, kv_heads))
+    caches = [tensor(requests * pages, page, kv_heads, dim) for _ in range(2)]
+    table = torch.arange(requests * pages, dtype=torch.int32, device=device)
+    table = table.view(requests, pages)
+    lens = torch.full((requests,), prefix, dtype=torch.int32, device=device)
+    cu_rows = torch.arange(requests + 1, dtype=torch.int32, device=device) * width
+    mask = candidates_mask(block, count)
+    packed = pack_masks([mask] * requests).to(device)
+    out = torch.empty_like(query)
+    seen = torch.cat((torch.ones(width, prefix, dtype=torch.bool), mask), 1).to(device)
+
+    def whole(cache: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        kept = cache.view(requests, pages * page, kv_heads, dim)[:, :prefix]
+        both = torch.cat((kept, live.view(requests, width, kv_heads, dim)), 1)
+        return both.repeat_interleave(heads // kv_heads, 2).transpose(1, 2).contiguous()
+
+    keys, values = whole(caches[0], key), whole(caches[1], value)
+    queries = query.view(requests, width, heads, dim).transpose(1, 2).contiguous()
+    return Case(
+        "window",
+        (requests, prefix, block, count),
+        str(dtype).removeprefix("torch."),
+        2 * requests * prefix * kv_heads * dim * dtype.itemsize,
+        lambda: scaled_dot_product_attention(queries, keys, values, attn_mask=seen),
+        lambda: window_attention(
+            query, key, value, *caches, table, lens, cu_rows, packed, width,
+            dim**-0.5, out,
+        ),
+        lambda: [cache.amax() for cache in caches],
+    )  # fmt: skip
+
+
+def cases(quick: bool) -> list[Case]:
+    """All of them; the large ones take some seconds in their reference."""
+    half = torch.bfloat16
+    shapes = [(256, 151_936, half), (8, 512, torch.float32)]
+    if not quick:
+        shapes += [(256, 151_936, dtype) for dtype in (torch.float16, torch.float32)]
+        shapes += [(32, 151_936, half), (128, 512, half)]
+    found = [
+        row_stats(*shape, sampled) for shape in shapes for sampled in (False, True)
+    ]
+    windows = [(1, 512, 8, 16), (8, 1024, 32, 4)]
+    if not quick:
+        windows += [(1, 128, 4, 16), (16, 2048, 32, 4)]
+    return found + [window(*shape) for shape in windows]
+
+
+def milliseconds(work: Work) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """A row of the result."""
+    works = {"reference": case.reference, "ours": case.ours, "read": case.read}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    case.ours()
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(milliseconds(work))
+    reference_ms, ours, read = (median(times[name]) for name in works)
+    say(f"{case.op} {case.shape} {case.dtype}")
+    return {
+        "op": case.op,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "reference_ms": reference_ms,
+        "ours_ms": ours,
+        "ratio": reference_ms / ours,
+        "bytes": case.bytes,
+        "bandwidth_share": read / ours,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = f"{'op':<18} {'shape':<20} {'dtype':<9} {'torch ms':>9} {'ours ms':>9} "
+    lines = [head + f"{'ratio':>7} {'of reading':>10}"]
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        lines.append(
+            f"{row['op']:<18} {shape:<20} {row['dtype']:<9} {row['reference_ms']:9.2f}"
+            f" {row['ours_ms']:9.2f} {row['ratio']:7.1f} {row['bandwidth_share']:10.2f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--repeats", type=int, help="default 7, or 3 with --quick")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    repeats = args.repeats or (3 if args.quick else 7)
+    load = [os.getloadavg()[0]]
+    try:
+        rows = [measure(case, repeats) for case in cases(args.quick)]
+    finally:
+        torch.set_num_threads(before)
+    load.append(os.getloadavg()[0])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    environment = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "vllm-unmask": version("vllm-unmask"),
+        },
+        "device": device,
+        "threads": args.threads,
+        "repeats": repeats,
+        "load_average_before_and_after": load,
+        "command": ["kernels.py", *sys.argv[1:]],
+    }
+    if args.json:
+        result = {"rows": rows, "environment": environment}
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
