@@ -23,7 +23,7 @@ from vllm_unmask.presets import compose
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 CANDIDATES = 6
-NUM_MODELS = 12
+NUM_MODELS = 8
 # What speculation can be added to, and the rule that each has without naming it.
 ALONE = [
     strategy
