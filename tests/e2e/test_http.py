@@ -231,7 +231,7 @@ def test_seed_decides_alone_and_in_company(server: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         neighbours = [pool.submit(keep_busy, i) for i in range(8)]
         try:
-            eventually(lambda: server.metric("vllm:num_requests_running"), 8)
+            eventually(lambda: server.metric("vllm:num_requests_running") > 2, True)
             in_company = [sample(seed) for seed in range(3)]
         finally:
             done.set()
