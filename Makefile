@@ -26,8 +26,9 @@ types: setup
 		$(CURDIR)/patches $(TYPES)/vllm_unmask/
 	MYPYPATH=$(TYPES) $(BIN) -m mypy -p vllm_unmask
 
+# Two at a time: the engines of the tests have one thread each.
 unit: setup
-	$(BIN) -m pytest -q tests --ignore=tests/conformance
+	$(BIN) -m pytest -q -n 2 --dist loadfile tests --ignore=tests/conformance
 
 conformance: setup
 	$(BIN) -m pytest -q tests/conformance

@@ -8,6 +8,7 @@ from the ranks. The weights say nothing; sizes and costs are what counts.
 
 import base64
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ SOURCE = "tekken_240718.json"
 _MULTIPLE = 128
 
 
-def write_model(folder: Path, like: Path) -> None:
+def write_model(
+    folder: Path, like: Path, sizes: Mapping[str, Any] | None = None
+) -> None:
     """Write configuration, weights and tokenizer.
 
     Args:
         folder: is made.
         like: a model folder whose kind, special tokens and chat template it gets.
+        sizes: keys of config.json; default: next to no layers.
     """
     folder.mkdir(parents=True)
     settings = json.loads((like / "tokenizer_config.json").read_text())
@@ -47,6 +51,7 @@ def write_model(folder: Path, like: Path) -> None:
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
     }
+    config |= sizes or {}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -101,8 +106,9 @@ def _weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     weights = {
         "model.embed_tokens.weight": matrix(vocab, hidden, scale=0.6),
         "model.norm.weight": ones(hidden),
-        "lm_head.weight": matrix(vocab, hidden, scale=0.8),
     }
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(vocab, hidden, scale=0.8)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         weights |= {

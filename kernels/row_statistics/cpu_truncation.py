@@ -24,6 +24,11 @@ _LOG2E = np.float32(math.log2(math.e))
 # Bits to the right of a digit, and what a digit can be.
 _SHIFTS = (21, 10, 0)
 _DIGIT = np.uint32(0x7FF)
+# How far below the largest logit the border is looked for first, and how much more
+# than enough must lie above: sums of other orders differ in their last bits.
+_DEPTHS = tuple(np.float32(depth) for depth in (2.0, 4.0, 7.0, 11.0, 16.0))
+_SAFE = 1.0 + 1e-5
+_GROUP = 64
 
 
 @compiled("uint32(uint32)")
@@ -34,8 +39,31 @@ def _key(bits: Scalar) -> Scalar:
     return ~bits & np.uint32(0x7FFFFFFF)
 
 
-@compiled("void(float32[::1], float32[::1], float64)")
-def _cut(x: Array, weights: Array, target: Scalar) -> None:
+@compiled(
+    "float32(float32[::1], float32[::1], float32)",
+    # A sum is vectorised only where its terms may be taken in any order.
+    fastmath={"nnan", "nsz", "reassoc"},
+)
+def _mass_above(x: Array, weights: Array, bound: Scalar) -> Scalar:
+    """Weight of the logits that are ``bound`` or more."""
+    total = np.float32(0.0)
+    for i in range(len(x)):
+        total += weights[i] if x[i] >= bound else np.float32(0.0)
+    return total
+
+
+@compiled("float64(float32[::1], float32[::1], float32)")
+def _mass(x: Array, weights: Array, bound: Scalar) -> float:
+    """The same of a whole row, in chunks, so that the sum stays exact enough."""
+    total = 0.0
+    for start in range(0, len(x), CHUNK):
+        stop = min(start + CHUNK, len(x))
+        total += _mass_above(x[start:stop], weights[start:stop], bound)
+    return total
+
+
+@compiled("void(float32[::1], float32[::1], float64, float32)")
+def _cut(x: Array, weights: Array, target: Scalar, top: Scalar) -> None:
     """Ban every logit before which the larger ones weigh ``target`` or more.
 
     Of equal ones the smallest tokens stay; of all at least one stays.
@@ -44,7 +72,24 @@ def _cut(x: Array, weights: Array, target: Scalar) -> None:
         x: float32 [vocab], banned ones -inf.
         weights: float32 [vocab], equal for equal logits, 0 for banned ones.
         target: positive.
+        top: the largest logit.
     """
+    # The border is above one of these in all but flat rows; few logits are then.
+    bound = np.float32(-np.inf)
+    for depth in _DEPTHS:
+        if _mass(x, weights, top - depth) >= target * _SAFE:
+            bound = top - depth
+            break
+    kept = np.empty(len(x), np.int32)
+    count = 0
+    for start in range(0, len(x), _GROUP):
+        stop = min(start + _GROUP, len(x))
+        # Most groups have none, which a vectorised sum sees faster than a search.
+        if _mass_above(x[start:stop], weights[start:stop], bound) > 0:
+            for i in range(start, stop):
+                kept[count] = i
+                count += x[i] >= bound
+    kept = kept[:count]
     bits = x.view(np.uint32)
     prefix, reached = np.uint32(0), 0.0
     bins = np.empty(2048, np.float64)
@@ -53,11 +98,10 @@ def _cut(x: Array, weights: Array, target: Scalar) -> None:
         digit = np.uint32(0x3FF) if level == 2 else _DIGIT
         higher = np.uint32(32 if level == 0 else _SHIFTS[level - 1])
         bins[:] = 0.0
-        for i in range(len(x)):
-            if weights[i] > 0:
-                key = np.uint64(_key(bits[i]))
-                if key >> np.uint64(higher) == prefix:
-                    bins[(key >> np.uint64(shift)) & digit] += weights[i]
+        for i in kept:
+            key = np.uint64(_key(bits[i]))
+            if key >> np.uint64(higher) == prefix:
+                bins[(key >> np.uint64(shift)) & digit] += weights[i]
         last = chosen = -1
         for k in range(len(bins)):
             if bins[k] > 0:
@@ -73,6 +117,9 @@ def _cut(x: Array, weights: Array, target: Scalar) -> None:
         width = np.uint64(10 if level == 2 else 11)
         prefix = np.uint32((np.uint64(prefix) << width) | np.uint64(chosen))
     for i in range(len(x)):
+        above = x[i] >= bound and weights[i] > 0
+        x[i] = x[i] if above else np.float32(-np.inf)
+    for i in kept:
         key = _key(bits[i])
         if weights[i] == 0 or key > prefix:
             x[i] = -np.inf
@@ -80,6 +127,22 @@ def _cut(x: Array, weights: Array, target: Scalar) -> None:
             if reached >= target:
                 x[i] = -np.inf
             reached += weights[i]
+
+
+@compiled("void(float32[::1], float32, float32[::1])")
+def _weigh(x: Array, top: Scalar, weights: Array) -> None:
+    """Write ``2 ** ((x - top) * log2(e))``, 0 for what is banned."""
+    for i in range(len(x)):
+        weights[i] = weight((x[i] - top) * _LOG2E)
+
+
+@compiled("void(float32[::1], float32, float32, float32[::1])")
+def _scale(x: Array, heat: Scalar, floor: Scalar, scaled: Array) -> None:
+    """Write ``x / heat``, banned below ``floor``."""
+    for i in range(len(x)):
+        # Adding 0 makes one zero of two, which must not differ in their bits.
+        value = np.float32(x[i] / heat) + np.float32(0.0)
+        scaled[i] = value if value >= floor else np.float32(-np.inf)
 
 
 @compiled(
@@ -112,25 +175,19 @@ def transform(
     if min_p > 0:
         floor = np.float32(top + np.float32(math.log(min_p)))
     bits = np.empty(CHUNK, np.uint32)
-    x = bits.view(np.float32)
     for start in range(0, vocab, CHUNK):
         count = fetch(row, vocab, start, bits)
-        part = scaled[start : start + count]
-        for i in range(count):
-            # Adding 0 makes one zero of two, which must not differ in their bits.
-            value = np.float32(x[i] / heat) + np.float32(0.0)
-            part[i] = value if value >= floor else np.float32(-np.inf)
+        part = bits[:count].view(np.float32)
+        _scale(part, heat, floor, scaled[start : start + count])
     if top_k >= vocab and top_p >= 1:
         return
     weights = np.empty(vocab, np.float32)
     if top_k < vocab:
         for i in range(vocab):
             weights[i] = scaled[i] > -np.inf
-        _cut(scaled, weights, np.float64(top_k))
+        _cut(scaled, weights, np.float64(top_k), top)
     if top_p < 1:
-        total = 0.0
-        for i in range(vocab):
-            weights[i] = weight((scaled[i] - top) * _LOG2E)
-            total += weights[i]
+        _weigh(scaled, top, weights)
+        total = _mass(scaled, weights, np.float32(-np.inf))
         # The largest logit stays even where top-p has been rounded to 0.
-        _cut(scaled, weights, max(np.float64(top_p) * total, 1e-30))
+        _cut(scaled, weights, max(np.float64(top_p) * total, 1e-30), top)

@@ -39,8 +39,9 @@ def score(
     orders_used: frozenset[int],
     truncated: bool = True,
     raw_used: bool = True,
+    constraints: kernel.Constraints = kernel.NO_CONSTRAINTS,
 ) -> Scores:
-    """As `scoring.score`; on a CPU the logits may be of any type."""
+    """As `scoring.score`; on a CPU the logits may be of any type, and constrained."""
     if logits.device.type != "cpu":
         return scoring.score(
             logits.float(),
@@ -63,7 +64,7 @@ def score(
             sampling = sampling._replace(
                 top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p
             )
-    found = kernel.row_statistics(logits, sampling)
+    found = kernel.row_statistics(logits, sampling, constraints)
     best = RowStatistics(found.tokens, found.probability, found.gap, found.entropy)
     order = found.confidence
     if orders_used - {0}:

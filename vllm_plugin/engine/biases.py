@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_unmask.engine.bad_words import BadWords
 from vllm_unmask.engine.grammar_step import GrammarStep
 from vllm_unmask.engine.states import CanvasStates
+from vllm_unmask.kernels.row_statistics import NO_CONSTRAINTS, Constraints
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import DenoisingRows
@@ -50,8 +51,11 @@ class Biases:
         grammar: GrammarStep | None,
         fused: bool,
         wide: bool = True,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Constraints]:
         """Logits after all biases and the grammar; a float32 copy if they change.
+
+        A grammar alone changes none where they are only scored: what it bans is
+        returned beside them, for the kernel that reads them.
 
         Args:
             logits: [requests * block, vocab].
@@ -66,7 +70,10 @@ class Biases:
         biased = self.logit_bias.use_logit_bias[rows.slots_np].any()
         if not biased and not worded and grammar is None and not fused:
             # What only scores them reads every type.
-            return logits.float() if wide else logits
+            return logits.float() if wide else logits, NO_CONSTRAINTS
+        alone = not (biased or worded or fused or wide)
+        if grammar is not None and alone and logits.is_cpu:
+            return logits, grammar.constraints(logits)
         # A copy: log-probabilities are reported from the model's own logits.
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
         if biased:
@@ -87,4 +94,4 @@ class Biases:
             self.bad_words.ban(logits, active, rows)
         if grammar is not None:
             grammar.constrain(logits)
-        return logits
+        return logits, NO_CONSTRAINTS

@@ -11,6 +11,7 @@ from vllm_unmask.decoding.reading import score
 from vllm_unmask.decoding.scoring import ORDERS, SamplingRows, Scores
 from vllm_unmask.decoding.statistics import greedy_scores
 from vllm_unmask.engine.states import CanvasStates
+from vllm_unmask.kernels.row_statistics import NO_CONSTRAINTS, Constraints
 
 # Draws for the next block are others than those that it takes once it is open.
 AHEAD_STEPS = 1 << 32
@@ -36,6 +37,7 @@ class Candidates:
         request_slots: torch.Tensor,
         first_step: int = 0,
         known: Evidence | None = None,
+        constraints: Constraints = NO_CONSTRAINTS,
     ) -> Scores:
         """Candidates of one block of each request, each tensor [requests, block].
 
@@ -46,6 +48,7 @@ class Candidates:
             request_slots: the same on the device.
             first_step: added to the step that random draws depend on.
             known: what has been read of all these rows already.
+            constraints: what is banned beside the logits, on the CPU alone.
         """
         length = self.states.geometry.block_length
         params = self.sampling
@@ -92,6 +95,7 @@ class Candidates:
             orders_used=orders_used,
             truncated=truncated,
             raw_used=bool(self.states.raw_confidence.np[slots_np].any()),
+            constraints=constraints,
         )
         return self._never_mask(Scores(*(x.view(-1, length) for x in flat)))
 

@@ -123,7 +123,7 @@ class Stepper:
         groups = self.strategies.groups(rows.slots_np)
         fused = any("credit" in group.fillers for group in groups)
         wide = bool(groups) or inputs.drafted is not None
-        logits = self.biases.apply(
+        logits, constraints = self.biases.apply(
             raw_logits, positions, rows, active, worded, grammar, fused, wide
         )
         strategy, device = None, active.device
@@ -147,6 +147,7 @@ class Stepper:
             rows.slots_np,
             rows.slots,
             known=None if strategy is None else strategy.known,
+            constraints=constraints,
         )
         accepted = ops.accept(
             canvas,
@@ -256,7 +257,7 @@ class Stepper:
             drafted.logits[:, mask_id] = -torch.inf
             some = rows.choose(drafted.rows, length)
             places = inputs.positions.view(-1, length)[index].flatten()
-            verifier_logits = self.biases.apply(
+            verifier_logits, _ = self.biases.apply(
                 drafted.logits, places, some, drafted.ids, worded, None, False
             )
             members = self.grammars.members(some.slots_np)

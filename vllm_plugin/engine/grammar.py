@@ -84,6 +84,7 @@ class Grammars:
         self.requests: dict[int, GrammarRequest] = {}
         self.vocabulary: Vocabulary | None = None
         self._silent_ids: torch.Tensor | None = None
+        self._silent_mask: np.ndarray[Any, Any] | None = None
         self._loader: GrammarLoader | None = None
         self._threads = ThreadPoolExecutor(NUM_COMPILERS, "unmask-grammar")
 
@@ -164,6 +165,14 @@ class Grammars:
             silent = [vocabulary.mask_id, *vocabulary.special_ids, *vocabulary.stop_ids]
             self._silent_ids = torch.tensor(sorted(set(silent)), device=device)
         return self._silent_ids
+
+    def silent_mask(self, words: int) -> np.ndarray[Any, Any]:
+        """All tokens but the silent ones, int32 [words] as a grammar's bitmask."""
+        if self._silent_mask is None or len(self._silent_mask) != words:
+            bits = np.ones(32 * words, np.uint8)
+            bits[self.silent_ids(torch.device("cpu")).numpy()] = 0
+            self._silent_mask = np.packbits(bits, bitorder="little").view(np.int32)
+        return self._silent_mask
 
     def silence(self, logits: torch.Tensor, slots: np.ndarray[Any, Any]) -> None:
         """Ban, in place, what is legal at a frontier alone.

@@ -18,6 +18,7 @@ from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.grammar import GrammarRequest, Grammars
 from vllm_unmask.grammar.state import Status, StepResult
 from vllm_unmask.kernels.frontier import constrain_frontier
+from vllm_unmask.kernels.row_statistics import NO_CONSTRAINTS, Constraints
 
 # Legal tokens of the frontier among which the look-ahead chooses.
 NUM_CANDIDATES = 8
@@ -77,6 +78,52 @@ class GrammarStep:
         Args:
             logits: float32 [requests * block, vocab], the active blocks.
         """
+        rows, bitmask = self._frontiers(logits)
+        if self.ready:
+            self.candidates = constrain_frontier(
+                logits,
+                _beside(logits, rows),
+                _beside(logits, bitmask),
+                self.grammars.silent_ids(logits.device),
+                self.length,
+                min(NUM_CANDIDATES, logits.shape[1]),
+            )
+
+    def constraints(self, logits: torch.Tensor) -> Constraints:
+        """What `constrain` bans, for a kernel that reads the logits as they are.
+
+        Args:
+            logits: [requests * block, vocab] on the CPU, the active blocks.
+        """
+        rows, bitmask = self._frontiers(logits)
+        if not self.ready:
+            return NO_CONSTRAINTS
+        lines = logits[torch.from_numpy(rows)].float()
+        self.candidates = constrain_frontier(
+            lines,
+            torch.arange(len(rows)),
+            torch.from_numpy(bitmask),
+            self.grammars.silent_ids(logits.device),
+            1,
+            min(NUM_CANDIDATES, logits.shape[1]),
+        )
+        of_row = np.full(len(logits) // self.length, -1)
+        of_row[[row for row, _ in self.ready]] = len(rows)
+        of_row = of_row.repeat(self.length)
+        of_row[rows] = np.arange(len(rows))
+        bitmasks = np.vstack((bitmask, self.grammars.silent_mask(bitmask.shape[1])))
+        return Constraints(
+            bitmasks=torch.from_numpy(bitmasks), bitmask_rows=torch.from_numpy(of_row)
+        )
+
+    def _frontiers(
+        self, logits: torch.Tensor
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Logits rows of the frontiers, int64 [ready], and what they may take.
+
+        The second is int32 [ready, words]; bit ``i % 32`` of word ``i // 32`` is token
+        ``i``.
+        """
         words = -(-logits.shape[1] // 32)
         bitmask = np.zeros((len(self.ready), words), np.int32)
         rows = np.zeros(len(self.ready), np.int64)
@@ -92,15 +139,7 @@ class GrammarStep:
                 # Its own alone: the request takes part no further.
                 self.grammars.fail(request)
             request.nanoseconds = time.perf_counter_ns() - started
-        if self.ready:
-            self.candidates = constrain_frontier(
-                logits,
-                _beside(logits, rows),
-                _beside(logits, bitmask),
-                self.grammars.silent_ids(logits.device),
-                self.length,
-                min(NUM_CANDIDATES, logits.shape[1]),
-            )
+        return rows, bitmask
 
     def constrain_draft(
         self, logits: torch.Tensor, drafts: torch.Tensor, ready: torch.Tensor
