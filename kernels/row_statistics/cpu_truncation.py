@@ -98,10 +98,10 @@ def _cut(x: Array, weights: Array, target: Scalar, top: Scalar) -> None:
         digit = np.uint32(0x3FF) if level == 2 else _DIGIT
         higher = np.uint32(32 if level == 0 else _SHIFTS[level - 1])
         bins[:] = 0.0
-        for i in kept:
-            key = np.uint64(_key(bits[i]))
+        for place in kept:
+            key = np.uint64(_key(bits[place]))
             if key >> np.uint64(higher) == prefix:
-                bins[(key >> np.uint64(shift)) & digit] += weights[i]
+                bins[(key >> np.uint64(shift)) & digit] += weights[place]
         last = chosen = -1
         for k in range(len(bins)):
             if bins[k] > 0:
@@ -119,14 +119,14 @@ def _cut(x: Array, weights: Array, target: Scalar, top: Scalar) -> None:
     for i in range(len(x)):
         above = x[i] >= bound and weights[i] > 0
         x[i] = x[i] if above else np.float32(-np.inf)
-    for i in kept:
-        key = _key(bits[i])
-        if weights[i] == 0 or key > prefix:
-            x[i] = -np.inf
+    for place in kept:
+        key = _key(bits[place])
+        if weights[place] == 0 or key > prefix:
+            x[place] = -np.inf
         elif key == prefix:
             if reached >= target:
-                x[i] = -np.inf
-            reached += weights[i]
+                x[place] = -np.inf
+            reached += weights[place]
 
 
 @compiled("void(float32[::1], float32, float32[::1])")
