@@ -13,12 +13,9 @@ process; the numbers are medians.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -30,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 # Not a package: the tests import this file by its path.
 sys.path[:0] = [str(HERE)]
 
-from throughput import commit, cpu_name, say  # noqa: E402
+from machine import cpu_name, load_average, say, surroundings  # noqa: E402
 
 from vllm_unmask.kernels.row_statistics import (  # noqa: E402
     NO_CONSTRAINTS,
@@ -196,27 +193,15 @@ def main() -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     repeats = args.repeats or (3 if args.quick else 7)
-    load = [os.getloadavg()[0]]
+    load = load_average()
     try:
         rows = [measure(case, repeats) for case in cases(args.quick)]
     finally:
         torch.set_num_threads(before)
-    load.append(os.getloadavg()[0])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "vllm-unmask": version("vllm-unmask"),
-        },
-        "device": device,
-        "threads": args.threads,
-        "repeats": repeats,
-        "load_average_before_and_after": load,
-        "command": ["kernels.py", *sys.argv[1:]],
-    }
+    environment = surroundings(
+        load, device=device, threads=args.threads, repeats=repeats
+    )
     if args.json:
         result = {"rows": rows, "environment": environment}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -22,8 +22,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,12 +34,12 @@ DEMO = HERE.parent / "demo_model"
 sys.path[:0] = [str(HERE), str(DEMO)]
 
 from closed_loop import ENVIRONMENT, MAX_CONCURRENCY, MAX_TOKENS, settings  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 from quality_engine import Answers, Engine, Serve, Server  # noqa: E402
 from quality_grid import Config, grid  # noqa: E402
 from quality_numbers import ALL, Outcome, pareto_front, row  # noqa: E402
 from quality_report import finalists, held, question, summary, written  # noqa: E402
 from tasks import check  # noqa: E402
-from throughput import commit, cpu_name, say  # noqa: E402
 
 from vllm_unmask.presets import FILLERS, PRESETS  # noqa: E402
 
@@ -252,7 +250,7 @@ def main() -> int:
     if args.checker:
         checker = load_checker(args.checker)
     first, rest = (read(args.prompts), []) if args.prompts else demo_records(args.quick)
-    load = os.getloadavg()[0]
+    load = load_average()
     engine = start(args)
     bench = Bench(engine.serve, checker, first)
     bench.run(grid(args.quick, args.presets))
@@ -261,18 +259,10 @@ def main() -> int:
         confirmation = Bench(engine.serve, checker, rest)
         confirmation.run(finalists(bench.rows, bench.asked))
     facts = engine.describe()
-    versions = facts.pop("versions") | {"vllm-unmask": version("vllm-unmask")}
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions,
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average_before_and_after": [load, os.getloadavg()[0]],
-        "engine": facts,
-        "max_tokens": args.max_tokens,
-        "command": ["quality.py", *sys.argv[1:]],
-    }
+    versions = facts.pop("versions")
+    environment = surroundings(
+        load, versions=versions, engine=facts, max_tokens=args.max_tokens
+    )
     result = assemble(bench, confirmation, environment)
     args.json.write_text(written(result), encoding="utf-8")
     sys.stdout.write(summary(result))

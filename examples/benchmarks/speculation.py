@@ -20,13 +20,10 @@ forwarded, with s2d2 the tokens that passed over all that were verified.
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ DEMO = HERE.parent / "demo_model"
 sys.path[:0] = [str(HERE), str(DEMO)]
 
 from closed_loop import MAX_CONCURRENCY, MAX_TOKENS  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 from quality import Record, demo_records, read  # noqa: E402
 from quality_report import rounded  # noqa: E402
 from speculation_frontier import (  # noqa: E402
@@ -61,7 +59,7 @@ from speculation_rows import (  # noqa: E402
     table,
 )
 from tasks import check  # noqa: E402
-from throughput import CONCURRENCIES, commit, cpu_name, say  # noqa: E402
+from throughput import CONCURRENCIES  # noqa: E402
 
 # (prompts of a repeat, repeats, prompts of each task of the frontier)
 QUICK_SIZE = (14, 3, 12)
@@ -78,7 +76,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, log: Path) -> None:
         self.args = args
-        self.load = os.getloadavg()[0]
+        self.load = load_average()
         wanted = {preset.server for preset in args.presets}
         wanted |= {FIXED, CAUSAL} if args.temperatures else set()
         self.engines = {
@@ -152,33 +150,26 @@ class Bench:
         args = self.args
         facts = {name: dict(engine.facts) for name, engine in self.engines.items()}
         versions = [of.pop("versions") for of in facts.values()][0]
-        return {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "versions": versions | {"vllm-unmask": version("vllm-unmask")},
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": args.threads,
-            "engines": facts,
-            "prompts": args.prompts,
-            "repeats": args.repeats,
-            "frontier_prompts_of_a_task": args.frontier_prompts,
-            "max_tokens": MAX_TOKENS,
-            "frontier_requests_in_flight": MAX_CONCURRENCY,
-            # More than the threads of one engine: something else ran too.
-            "load_average_before_and_after": [self.load, os.getloadavg()[0]],
-            "command": ["speculation.py", *sys.argv[1:]],
-        }
+        return surroundings(
+            self.load,
+            versions=versions,
+            threads=args.threads,
+            engines=facts,
+            prompts=args.prompts,
+            repeats=args.repeats,
+            frontier_prompts_of_a_task=args.frontier_prompts,
+            max_tokens=MAX_TOKENS,
+            frontier_requests_in_flight=MAX_CONCURRENCY,
+        )
 
 
 def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     """The JSON object."""
     bench = Bench(args, log)
     try:
-        environment = bench.environment()
         rows = bench.rows()
         frontier, verdicts = bench.frontier()
-        environment["load_average_before_and_after"][1] = os.getloadavg()[0]
+        environment = bench.environment()
     finally:
         bench.close()
     conclusions = [sentence(found) for found in verdicts]

@@ -32,7 +32,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ DEMO = HERE.parent / "demo_model"
 sys.path[:0] = [str(HERE)]
 
 from closed_loop import ENVIRONMENT  # noqa: E402
-from throughput import commit, cpu_name, say  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 
 TARGET = 0.08  # of a step, for the model of 100 million parameters
 PLUGIN = ("sampler", "grammar", "canvas", "scheduler, plugin")
@@ -327,7 +326,7 @@ def main() -> int:
         return 0
     from large_vocabulary import write_model
 
-    load = [os.getloadavg()[0]]
+    load = load_average()
     large = "tiny" if args.quick else "100M"
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -342,21 +341,14 @@ def main() -> int:
             except RuntimeError as error:
                 sys.stderr.write(f"{error}\n")
                 return 1
-    load.append(os.getloadavg()[0])
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            package: version(package) for package in ("torch", "vllm", "vllm-unmask")
-        },
-        "cpu": cpu_name(),
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "sizes": SIZES[large],
-        "requests": args.requests,
-        "load_average_before_and_after": load,
-        "command": ["step_profile.py", *sys.argv[1:]],
-    }
+    environment = surroundings(
+        load,
+        versions={"vllm": version("vllm")},
+        threads=args.threads,
+        repeats=args.repeats,
+        requests=args.requests,
+        sizes=SIZES[large],
+    )
     if args.json:
         result = {"rows": rows, "target": TARGET, "environment": environment}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

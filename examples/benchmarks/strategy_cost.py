@@ -18,13 +18,10 @@ turns in one process; the numbers are medians.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -35,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 # Not a package: the tests import this file by its path.
 sys.path[:0] = [str(HERE)]
 
-from throughput import commit, cpu_name, say  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 
 from vllm_unmask.decoding.composition import (  # noqa: E402
     Evidence,
@@ -341,7 +338,7 @@ def table(result: dict[str, Any]) -> str:
 
 def run(quick: bool, repeats: int, threads: list[int]) -> dict[str, Any]:
     sizes = TINY if quick else Sizes()
-    load = [os.getloadavg()[0]]
+    load = load_average()
     before = torch.get_num_threads()
     logits = random_logits(sizes)
     # Plain ones do not come through this layer.
@@ -358,22 +355,7 @@ def run(quick: bool, repeats: int, threads: list[int]) -> dict[str, Any]:
         ]
     finally:
         torch.set_num_threads(before)
-    load.append(os.getloadavg()[0])
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "vllm-unmask": version("vllm-unmask"),
-        },
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "sizes": sizes._asdict(),
-        "repeats": repeats,
-        "load_average_before_and_after": load,
-        "command": ["strategy_cost.py", *sys.argv[1:]],
-    }
+    environment = surroundings(load, sizes=sizes._asdict(), repeats=repeats)
     return {"rows": rows, "target": TARGET, "environment": environment}
 
 

@@ -19,12 +19,10 @@ for one request in one step.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -37,6 +35,7 @@ sys.path[:0] = [str(HERE), str(DEMO)]
 
 import schema_corpus  # noqa: E402
 from closed_loop import MAX_TOKENS  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 from structured_loop import (  # noqa: E402
     Answer,
     Measurement,
@@ -44,7 +43,6 @@ from structured_loop import (  # noqa: E402
     StructuredEngine,
 )
 from tasks import check  # noqa: E402
-from throughput import commit, cpu_name, say  # noqa: E402
 
 MODES = ("unconstrained", "fv", "fv_no_guard", "ar_xgrammar")
 BUDGETS = ("normal", "tight")
@@ -288,7 +286,7 @@ class Bench:
         self.args = args
         self.log = log
         self.checker = Checker()
-        self.load = os.getloadavg()[0]
+        self.load = load_average()
         self.samples: dict[Key, list[Sample]] = defaultdict(list)
         self.facts: dict[str, Any] = {}
         # Of the vocabulary that is measured: schema -> tokens of its shortest output,
@@ -380,24 +378,18 @@ class Bench:
 
     def environment(self) -> dict[str, Any]:
         """Where and how it was measured."""
-        packages = ("vllm-unmask", "vllm", "xgrammar", "torch", "jsonschema")
-        return {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "versions": {name: version(name) for name in packages}
-            | schema_corpus.versions(),
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": self.args.threads,
-            "concurrency": self.args.concurrency,
-            "repeats": self.args.repeats,
-            "threshold": THRESHOLD,
-            # More than the engine keeps busy means that something else ran too.
-            "load_average_before_and_after": [self.load, os.getloadavg()[0]],
-            "engines": self.facts,
-            "refusals": self.refusals,
-            "command": ["structured.py", *sys.argv[1:]],
-        }
+        packages = ("vllm", "xgrammar", "jsonschema")
+        versions = {name: version(name) for name in packages}
+        return surroundings(
+            self.load,
+            versions=versions | schema_corpus.versions(),
+            threads=self.args.threads,
+            concurrency=self.args.concurrency,
+            repeats=self.args.repeats,
+            threshold=THRESHOLD,
+            engines=self.facts,
+            refusals=self.refusals,
+        )
 
 
 def main() -> int:

@@ -14,15 +14,10 @@ processing is in tokens_per_second and ms_per_forward, but not in these two.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -33,6 +28,7 @@ DEMO = HERE.parent / "demo_model"
 sys.path[:0] = [str(HERE), str(DEMO)]
 
 from closed_loop import MAX_TOKENS, SETTLE_SECONDS, Engine  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 from tasks import check  # noqa: E402
 
 UNMASK, AR = "unmask", "vllm-ar"
@@ -323,50 +319,6 @@ def start_fastest(
     return engines[best], engines[best].facts | facts
 
 
-def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def describe(
-    engines: dict[str, dict[str, Any]], counts: dict[int, int], repeats: int
-) -> dict[str, Any]:
-    """Where and how the numbers were measured."""
-    versions = engines[UNMASK].pop("versions")
-    engines[AR].pop("versions")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions | {"vllm-unmask": version("vllm-unmask")},
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "engines": engines,
-        "prompts": {str(concurrency): count for concurrency, count in counts.items()},
-        "repeats": repeats,
-        "max_tokens": MAX_TOKENS,
-    }
-
-
-def commit() -> str | None:
-    """The commit of this folder, marked if files differ from it."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    )
-    return result.stdout.strip() or None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else platform.processor()
-
-
 def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     with (DEMO / "held_out.jsonl").open(encoding="utf-8") as file:
         examples = [json.loads(line) for line in file]
@@ -378,7 +330,7 @@ def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     if args.threads:
         layout["OMP_NUM_THREADS"] = str(args.threads)
         layout["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    load = [os.getloadavg()[0]]
+    load = load_average()
     engines: dict[str, Engine] = {}
     facts: dict[str, dict[str, Any]] = {}
     try:
@@ -412,12 +364,16 @@ def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     finally:
         for engine in engines.values():
             engine.close()
-    load.append(os.getloadavg()[0])
-    environment = describe(facts, counts, repeats) | {
-        # More than one engine keeps busy means that something else ran too.
-        "load_average_before_and_after": load,
-        "command": ["throughput.py", *sys.argv[1:]],
-    }
+    versions = facts[UNMASK].pop("versions")
+    facts[AR].pop("versions")
+    environment = surroundings(
+        load,
+        versions=versions,
+        engines=facts,
+        prompts={str(concurrency): count for concurrency, count in counts.items()},
+        repeats=repeats,
+        max_tokens=MAX_TOKENS,
+    )
     return assemble(samples, environment)
 
 

@@ -5,9 +5,6 @@ Run as a script under TRITON_INTERPRET=1, this file tests the Triton kernels.
 """
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_compilation import interpret
 
 from vllm_unmask.kernels.row_statistics import (
     NO_CONSTRAINTS,
@@ -512,14 +510,7 @@ def test_misfits_are_refused() -> None:
 
 @pytest.mark.slow
 def test_triton_in_the_interpreter() -> None:
-    """In a process of its own: vLLM disables Triton in this one."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(__file__)
 
 
 def interpret_triton() -> None:

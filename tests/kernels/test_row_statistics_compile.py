@@ -5,25 +5,16 @@ Run as a script, this file prints the table that belongs into `resources.json`.
 """
 
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kernel_compilation import SHARED, assert_room, needs, table_of
 
 TABLE = Path(__file__).parents[2] / "kernels" / "row_statistics" / "resources.json"
 
-# Bytes of shared memory that one block may have.
-SHARED = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
 # Bytes of stack of a thread; spilled registers would lie there.
 STACK = 0
 POINTERS = {
@@ -49,9 +40,9 @@ def batch(element: str, constrained: bool) -> tuple[str, ...]:
     return tuple((kinds | absent).get(name, "i32") for name in BATCH)
 
 
-def compiled(kernel: Any, kinds: list[Any], target: Any, **constants: Any) -> Any:
+def compiled(kernel: Any, kinds: list[Any], target: str, **constants: Any) -> Any:
     """What a kernel needs, for aligned tensors and strides that are multiples of 16."""
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import ASTSource
 
     names = [parameter.name for parameter in kernel.params]
     signature = dict(zip(names, kinds, strict=False)) | dict.fromkeys(constants, NONE)
@@ -67,48 +58,15 @@ def compiled(kernel: Any, kinds: list[Any], target: Any, **constants: Any) -> An
                 hints[place] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, hints)
     num_warps = 16 if "options" in names else 8
-    binary = compile(source, target=target, options={"num_warps": num_warps})
-    if "cubin" in binary.asm:
-        registers, stack = cuda_usage(binary.asm["cubin"])
-    else:
-        registers, stack = (
-            int(re.findall(rf"\.{field}:\s+(\d+)", binary.asm["amdgcn"])[0])
-            for field in ("vgpr_count", "private_segment_fixed_size")
-        )
-    shared = binary.metadata.shared
-    return {"registers": registers, "shared_bytes": shared, "stack_bytes": stack}
-
-
-def cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", told.stdout)[0]
-    return int(registers), int(stack)
+    return needs(source, target, {"num_warps": num_warps})
 
 
 def measure() -> dict[str, Any]:
     import triton
-    from triton.backends.compiler import GPUTarget
 
     from vllm_unmask.kernels.row_statistics import triton as kernels
     from vllm_unmask.kernels.row_statistics.triton_truncation import truncation_kernel
 
-    targets = {
-        "sm_80": GPUTarget("cuda", 80, 32),
-        "sm_90": GPUTarget("cuda", 90, 32),
-        "sm_100": GPUTarget("cuda", 100, 32),
-        "gfx942": GPUTarget("hip", "gfx942", 64),
-    }
     tile = {"TILE": kernels.TILE}
     # The tiles of 151 936 logits.
     tiles = {"TILES": 64, **tile}
@@ -136,37 +94,21 @@ def measure() -> dict[str, Any]:
                 )
             for kernel, (function, kinds, constants) in variants.items():
                 table[f"{kernel} {element} {name}"] = {
-                    key: compiled(function, kinds, target, **constants)
-                    for key, target in targets.items()
+                    target: compiled(function, kinds, target, **constants)
+                    for target in SHARED
                 }
     return table
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Compiled afresh and in a process of its own: vLLM disables Triton in this one."""
-    cache = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**environment, "TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    table: dict[str, Any] = json.loads(done.stdout)
-    return table
+    """Compiled afresh."""
+    return table_of(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.slow
 def test_every_target_has_room(measured: dict[str, Any]) -> None:
-    kernels = {name: row for name, row in measured.items() if name != "triton"}
-    assert len(kernels) == 10
-    for kernel, row in kernels.items():
-        assert row.keys() == SHARED.keys()
-        for target, needs in row.items():
-            assert needs["shared_bytes"] <= SHARED[target], (kernel, target)
-            assert needs["stack_bytes"] <= STACK, (kernel, target)
+    assert_room(measured, 10, STACK)
 
 
 def test_no_number_of_a_batch_is_compiled_in() -> None:

@@ -4,9 +4,6 @@
 Run as a script under TRITON_INTERPRET=1, this file tests the Triton kernels.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_compilation import interpret
 
 from vllm_unmask.kernels.window_attention import (
     masks,
@@ -290,14 +288,7 @@ def test_pages_of_the_cpu_backend_are_read_through_the_view(dtype: torch.dtype) 
 
 
 def test_triton_in_the_interpreter() -> None:
-    """In a process of its own: vLLM disables Triton in this one."""
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret(__file__)
 
 
 def interpret_triton() -> None:

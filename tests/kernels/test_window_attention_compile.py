@@ -5,25 +5,16 @@ Run as a script, this file prints the table that belongs into `resources.json`.
 """
 
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kernel_compilation import SHARED, assert_room, needs, table_of
 
 TABLE = Path(__file__).parents[2] / "kernels" / "window_attention" / "resources.json"
 
-# Bytes of shared memory that one block may have.
-SHARED = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
 # Bytes of stack of a thread: addresses may lie there, an accumulator (128 bytes and
 # more for each thread in these tiles) would be read and written for every key.
 STACK = 64
@@ -42,10 +33,10 @@ INDICES = "block_table prefix_lens cu_rows mask".split()
 
 
 def compiled(
-    kernel: Any, constants: dict[str, Any], element: str, target: Any, **options: Any
+    kernel: Any, constants: dict[str, Any], element: str, target: str, **options: Any
 ) -> dict[str, int]:
     """What a kernel needs, for aligned tensors and strides that are multiples of 16."""
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import ASTSource
 
     signature: dict[str, str] = {}
     hints: dict[tuple[int], Any] = {}
@@ -66,55 +57,22 @@ def compiled(
         if kind.startswith("*") or (kind == "i32" and not parameter.do_not_specialize):
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
-    binary = compile(source, target=target, options=options)
-    if "cubin" in binary.asm:
-        registers, stack = cuda_usage(binary.asm["cubin"])
-    else:
-        registers, stack = (
-            int(re.findall(rf"\.{field}:\s+(\d+)", binary.asm["amdgcn"])[0])
-            for field in ("vgpr_count", "private_segment_fixed_size")
-        )
-    shared = binary.metadata.shared
-    return {"registers": registers, "shared_bytes": shared, "stack_bytes": stack}
-
-
-def cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread; spilled registers lie on the stack."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", told.stdout)[0]
-    return int(registers), int(stack)
+    return needs(source, target, options)
 
 
 def measure() -> dict[str, Any]:
     import triton
-    from triton.backends.compiler import GPUTarget
 
     from vllm_unmask.kernels.window_attention import triton as attention
     from vllm_unmask.kernels.window_attention import triton_write
 
-    targets = {
-        "sm_80": GPUTarget("cuda", 80, 32),
-        "sm_90": GPUTarget("cuda", 90, 32),
-        "sm_100": GPUTarget("cuda", 100, 32),
-        "gfx942": GPUTarget("hip", "gfx942", 64),
-    }
     strides = {"key_dim": 1, "value_dim": 1}
     table: dict[str, Any] = {"triton": triton.__version__}
     for element, size, dim, pairs in VARIANTS:
         tile = attention.tiling(pairs, dim, size)
         constants = attention.constants(tile, group=4, page=16, dim=dim) | strides
         table[f"window_attention {element} dim {dim} pairs {pairs}"] = {
-            name: compiled(
+            target: compiled(
                 attention.window_attention_kernel,
                 constants,
                 element,
@@ -122,43 +80,27 @@ def measure() -> dict[str, Any]:
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
-            for name, target in targets.items()
+            for target in SHARED
         }
     constants = {"PAGE": 16, "DIM": 80, "BLOCK_DIM": 128, **strides}
     table["write_kept bf16 dim 80"] = {
-        name: compiled(
+        target: compiled(
             triton_write.write_kept_kernel, constants, "bf16", target, num_warps=1
         )
-        for name, target in targets.items()
+        for target in SHARED
     }
     return table
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Compiled afresh and in a process of its own: vLLM disables Triton in this one."""
-    cache = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**environment, "TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    table: dict[str, Any] = json.loads(done.stdout)
-    return table
+    """Compiled afresh."""
+    return table_of(__file__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.slow
 def test_every_target_has_room(measured: dict[str, Any]) -> None:
-    kernels = {name: row for name, row in measured.items() if name != "triton"}
-    assert len(kernels) == len(VARIANTS) + 1
-    for kernel, row in kernels.items():
-        assert row.keys() == SHARED.keys()
-        for target, needs in row.items():
-            assert needs["shared_bytes"] <= SHARED[target], (kernel, target)
-            assert needs["stack_bytes"] <= STACK, (kernel, target)
+    assert_room(measured, len(VARIANTS) + 1, STACK)
 
 
 def told(code: str) -> list[str]:
