@@ -89,6 +89,7 @@ class BlockDiffusionModelState(ModelState):
             self.max_num_reqs,
             self.geometry,
             served["server"]["max_candidates"],
+            served["verify_windows"],
             self.model_config.max_model_len,
             device,
         )

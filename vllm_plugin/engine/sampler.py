@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_unmask.engine import logprobs
 from vllm_unmask.engine.denoising import Stepped, Stepper
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
-from vllm_unmask.engine.verification import NUM_WINDOWS, Drafted
+from vllm_unmask.engine.verification import Drafted
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
@@ -154,9 +154,10 @@ class BlockDiffusionSampler:
         if not len(mine):
             return None
         length, speculating = self.geometry.block_length, rows.speculating
+        last = self.model_state.drafts.to_verify - 1
         none = torch.zeros(len(mine), dtype=torch.bool, device=device)
         ids = torch.zeros((len(mine), length), dtype=torch.int64, device=device)
-        if speculating is None or speculating.width < NUM_WINDOWS:
+        if speculating is None or speculating.width <= last:
             return Drafted(mine, none, ids, None)
         place = np.searchsorted(speculating.rows, mine)
         index = async_tensor_h2d(place, device=device, dtype=torch.int64)
@@ -164,7 +165,7 @@ class BlockDiffusionSampler:
         candidates = speculating.windows.candidates
         return Drafted(
             mine,
-            candidates.count[index] == NUM_WINDOWS,
+            candidates.count[index] == last + 1,
             candidates.ids[index, 0],
-            windows[index, NUM_WINDOWS - 1].flatten(0, 1),
+            windows[index, last].flatten(0, 1),
         )

@@ -19,11 +19,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_unmask.decoding import drafting
 from vllm_unmask.decoding.drafting import Candidates
+from vllm_unmask.decoding.regions import first_alone
 from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.denoising import Stepped, Stepper
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.states import BlockGeometry
-from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.engine.windows import Windows
 from vllm_unmask.options import DecodingOptions
 
@@ -44,6 +44,7 @@ class Drafts:
         geometry: the model's blocks.
         max_candidates: canvases of a request that a forward may check, its own
             included.
+        to_verify: windows of a request that verifies.
         max_model_len: positions of a request.
         device: of the canvases.
     """
@@ -53,11 +54,13 @@ class Drafts:
         max_num_reqs: int,
         geometry: BlockGeometry,
         max_candidates: int,
+        to_verify: int,
         max_model_len: int,
         device: torch.device,
     ) -> None:
         self.geometry = geometry
         self.depth = max_candidates - 1
+        self.to_verify = to_verify
         self.max_model_len = max_model_len
         self.device = device
         self.on_cpu = device.type == "cpu"
@@ -81,7 +84,7 @@ class Drafts:
     def add_request(self, slot: int, options: DecodingOptions) -> None:
         """Take over a slot."""
         self.guesses[slot] = "freedave" in options.fillers
-        self.limit[slot] = NUM_WINDOWS if "s2d2" in options.fillers else 0
+        self.limit[slot] = self.to_verify if "s2d2" in options.fillers else 0
         if self.guesses[slot]:
             wanted = options.value("candidates") or self.depth + 1
             self.limit[slot] = min(wanted - 1, self.depth)
@@ -149,7 +152,7 @@ class Drafts:
         )
         windows[:, 0] = ids
         none = torch.full_like(slots, -1)
-        held = Candidates(windows, NUM_WINDOWS * wait, none, none)
+        held = Candidates(windows, self.to_verify * wait, none, none)
         for kept, new in zip(self.candidates, held, strict=True):
             kept[slots] = new
 
@@ -284,6 +287,11 @@ class Drafts:
         counts = drafting.schedule_counts(
             total, num_steps[slots], canvas.step[slots], self.depth
         )
+        sure = drafting.sureness(scores.order, stepper.states.order.gpu[slots])
+        if stepper.first_alone:
+            alone = first_alone(masked, canvas.step[slots])
+            sure = torch.where(alone, 1.0, sure)
+            counts[:, 0] = torch.where(alone[:, 0], 1, counts[:, 0])
         limit = async_tensor_h2d(self.limit[slots_np], device=self.device)
         # A bad word may begin in the block before, which is not told yet.
         worded = [slot in stepper.bad_words.words for slot in slots_np.tolist()]
@@ -295,7 +303,7 @@ class Drafts:
             ids,
             masked,
             scores.tokens,
-            drafting.sureness(scores.order, stepper.states.order.gpu[slots]),
+            sure,
             counts * scheduled.unsqueeze(1),
             torch.where(known, limit, 0),
             may_open,
