@@ -10,11 +10,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from checkpoints import llada2_config, sdar_config, sdar_moe_config
+from checkpoints import (
+    fast_dllm_v2_config,
+    llada2_config,
+    sdar_config,
+    sdar_moe_config,
+)
 from dense_reference import (
+    Choose,
     Weights,
     attend,
     dense_logits,
+    first_alone,
     gated_mlp,
     rms_norm,
     rotate,
@@ -111,11 +118,24 @@ def llada2_logits(
     return rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
+def shifted_logits(*args: Any) -> torch.Tensor:
+    """Logits [sequence, vocab] of Fast-dLLM v2: row i - 1 of the network scores i."""
+    logits = dense_logits(*args)
+    return torch.cat((logits[:1], logits[:-1]))
+
+
+def _as_it_is(choose: Choose) -> Choose:
+    return choose
+
+
 class Reference(NamedTuple):
     """What a test needs to know of a family."""
 
     config: Callable[..., Config]  # (block size, **overrides) -> config.json
-    logits: Callable[..., torch.Tensor]  # (config, weights, ids, mask)
+    # (config, weights, ids, mask) -> row i of position i
+    logits: Callable[..., torch.Tensor]
+    order: Callable[[Choose], Choose] = _as_it_is  # what it does with every rule
+    shifted: bool = False
 
 
 REFERENCES = {
@@ -124,4 +144,7 @@ REFERENCES = {
         sdar_moe_config, partial(dense_logits, feed_forward=_sdar_moe_feed_forward)
     ),
     "LLaDA2MoeModelLM": Reference(llada2_config, llada2_logits),
+    "Fast_dLLM_QwenForCausalLM": Reference(
+        fast_dllm_v2_config, shifted_logits, first_alone, shifted=True
+    ),
 }

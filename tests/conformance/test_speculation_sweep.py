@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-speculation on hundreds of random models: the same tokens, no more forwards."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import speculation_calls as calls
-from checkpoints import sdar_config, write_checkpoint
+from checkpoints import fast_dllm_v2_config, sdar_config, write_checkpoint
 from e2e.test_speculation import params
 from e2e.test_strategies import prompts
 from engine_process import EngineProcess
@@ -12,10 +15,13 @@ NUM_MODELS = 150
 
 
 @pytest.mark.parametrize("block", [4, 8, 32])
-def test_random_models(block: int, tmp_path: object) -> None:
-    path = tmp_path / "model"  # type: ignore[operator]
+@pytest.mark.parametrize(
+    "config", [sdar_config, fast_dllm_v2_config], ids=["sdar", "fast_dllm_v2"]
+)
+def test_random_models(config: Any, block: int, tmp_path: Path) -> None:
+    path = tmp_path / "model"
     path.mkdir()
-    write_checkpoint(path, sdar_config(block))
+    write_checkpoint(path, config(block))
     asked = [
         params("static"),
         params("static", temperature=1.0),

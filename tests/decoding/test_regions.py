@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_cases import CONFIDENCE, THRESHOLD, Batch, Row, check, flags, where
 
-from vllm_unmask.decoding.regions import adaptive_end, after_end, sub_block
+from vllm_unmask.decoding.regions import (
+    adaptive_end,
+    after_end,
+    first_alone,
+    sub_block,
+)
 
 
 @given(st.data())
@@ -138,3 +143,9 @@ def test_after_end(data: st.DataObject) -> None:
     is_end = batch.table(st.booleans()) & ~masked
     check(after_end, rule, is_end, masked)
     assert not after_end(torch.zeros_like(masked), masked).any()
+
+
+def test_the_first_position_alone() -> None:
+    masked = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]]).bool()
+    alone = first_alone(masked, torch.tensor([0, 1, 0, 0]))
+    assert alone.tolist() == [[True, False, False], *[[False] * 3] * 3]

@@ -64,7 +64,7 @@ def test_a_change_is_noticed() -> None:
 
 
 def plan(adaptive: bool = False) -> WindowPlan:
-    plan = WindowPlan(3, 8, 32, adaptive)
+    plan = WindowPlan(3, 8, 32, adaptive, 2)
     plan.add("a", DecodingOptions(strategy="freedave"))
     plan.add("b", DecodingOptions(strategy="freedave", candidates=2))
     plan.add("c", DecodingOptions(strategy="threshold"))

@@ -16,7 +16,7 @@ from vllm_unmask.engine.states import CanvasStates
 from vllm_unmask.kernels.row_statistics import NO_CONSTRAINTS, Constraints
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.rows import DenoisingRows
 
 
 class Biases:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.options import DecodingOptions
 
 # Steps that a depth is tried or kept before the next choice.
@@ -130,11 +129,18 @@ class WindowPlan:
         block_length: rows of a window.
         page_size: tokens of a KV page.
         adaptive: follow what they bring.
+        to_verify: windows of a request that verifies.
     """
 
     def __init__(
-        self, most: int, block_length: int, page_size: int, adaptive: bool
+        self,
+        most: int,
+        block_length: int,
+        page_size: int,
+        adaptive: bool,
+        to_verify: int,
     ) -> None:
+        self.to_verify = to_verify
         self.most = most
         self.pages = 1 + most * block_length // page_size
         self.depth = Depth(most) if adaptive else None
@@ -150,7 +156,7 @@ class WindowPlan:
             candidates = options.value("candidates") or self.most + 1
             self.wanted[req_id] = candidates - 1
         if "s2d2" in options.fillers:
-            self.fixed[req_id] = NUM_WINDOWS
+            self.fixed[req_id] = self.to_verify
 
     def forget(self, req_id: str) -> None:
         """A request has left."""

@@ -69,6 +69,7 @@ class BlockDiffusionScheduler(Scheduler):
             self.block_length,
             self.block_size,
             served["server"]["adaptive_candidates"],
+            served["verify_windows"],
         )
         # Request id -> request and strategy, of those that asked for a trace.
         self.traced: dict[str, tuple[Request, str]] = {}

@@ -10,7 +10,7 @@ parameters and the grammar are, as far as a row's logits do not depend on the ba
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_unmask.decoding import drafting
 from vllm_unmask.decoding.drafting import Candidates
+from vllm_unmask.decoding.regions import first_alone
 from vllm_unmask.decoding.scoring import Scores
-from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
+from vllm_unmask.engine.denoising import Stepped, Stepper
+from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.states import BlockGeometry
-from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.engine.windows import Windows
 from vllm_unmask.options import DecodingOptions
-
-if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
 
 
 class Speculating(NamedTuple):
@@ -46,6 +44,7 @@ class Drafts:
         geometry: the model's blocks.
         max_candidates: canvases of a request that a forward may check, its own
             included.
+        to_verify: windows of a request that verifies.
         max_model_len: positions of a request.
         device: of the canvases.
     """
@@ -55,11 +54,13 @@ class Drafts:
         max_num_reqs: int,
         geometry: BlockGeometry,
         max_candidates: int,
+        to_verify: int,
         max_model_len: int,
         device: torch.device,
     ) -> None:
         self.geometry = geometry
         self.depth = max_candidates - 1
+        self.to_verify = to_verify
         self.max_model_len = max_model_len
         self.device = device
         self.on_cpu = device.type == "cpu"
@@ -83,7 +84,7 @@ class Drafts:
     def add_request(self, slot: int, options: DecodingOptions) -> None:
         """Take over a slot."""
         self.guesses[slot] = "freedave" in options.fillers
-        self.limit[slot] = NUM_WINDOWS if "s2d2" in options.fillers else 0
+        self.limit[slot] = self.to_verify if "s2d2" in options.fillers else 0
         if self.guesses[slot]:
             wanted = options.value("candidates") or self.depth + 1
             self.limit[slot] = min(wanted - 1, self.depth)
@@ -151,7 +152,7 @@ class Drafts:
         )
         windows[:, 0] = ids
         none = torch.full_like(slots, -1)
-        held = Candidates(windows, NUM_WINDOWS * wait, none, none)
+        held = Candidates(windows, self.to_verify * wait, none, none)
         for kept, new in zip(self.candidates, held, strict=True):
             kept[slots] = new
 
@@ -172,8 +173,7 @@ class Drafts:
         stepper: Stepper,
         speculating: Speculating,
         logits: torch.Tensor,
-        rows: "DenoisingRows",
-        start: torch.Tensor,
+        rows: DenoisingRows,
         stepped: Stepped,
     ) -> Stepped:
         """Carry out the steps whose logits are there, and draft for the next forward.
@@ -183,7 +183,6 @@ class Drafts:
             speculating: the requests concerned.
             logits: [requests * width * block, vocab], of their windows.
             rows: all requests that denoise.
-            start: int64 [requests that denoise], absolute position of the open blocks.
             stepped: what the step on the canvases has done.
 
         Returns:
@@ -201,7 +200,7 @@ class Drafts:
         if not len(mine):
             return stepped
         where = async_tensor_h2d(index, device=self.device)
-        slots, start = rows.slots[where], start[where]
+        slots, start = rows.slots[where], rows.start[where]
         column = torch.arange(length, device=self.device)
         canvas, counters = stepper.canvas, stepper.grammars.counters
         used = torch.zeros(logits.shape[:2], dtype=torch.bool, device=self.device)
@@ -224,11 +223,8 @@ class Drafts:
             opened = canvas.pending[slots[which]]
             begin = start[which] + torch.where(opened, length, 0)
             later = stepper.step(
-                StepLogits(
-                    logits[which, found[which]].flatten(0, 1),
-                    (begin.unsqueeze(1) + column).view(-1),
-                ),
-                rows.choose(index[chosen], length),
+                StepLogits(logits[which, found[which]].flatten(0, 1)),
+                rows.choose(index[chosen], begin, length),
                 opened=opened,
             )
             stepped = stepped.then(index[chosen], opened, later)
@@ -291,6 +287,11 @@ class Drafts:
         counts = drafting.schedule_counts(
             total, num_steps[slots], canvas.step[slots], self.depth
         )
+        sure = drafting.sureness(scores.order, stepper.states.order.gpu[slots])
+        if stepper.first_alone:
+            alone = first_alone(masked, canvas.step[slots])
+            sure = torch.where(alone, 1.0, sure)
+            counts[:, 0] = torch.where(alone[:, 0], 1, counts[:, 0])
         limit = async_tensor_h2d(self.limit[slots_np], device=self.device)
         # A bad word may begin in the block before, which is not told yet.
         worded = [slot in stepper.bad_words.words for slot in slots_np.tolist()]
@@ -302,7 +303,7 @@ class Drafts:
             ids,
             masked,
             scores.tokens,
-            drafting.sureness(scores.order, stepper.states.order.gpu[slots]),
+            sure,
             counts * scheduled.unsqueeze(1),
             torch.where(known, limit, 0),
             may_open,

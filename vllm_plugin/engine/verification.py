@@ -6,7 +6,8 @@ a routing policy decides whether to go on as the strategy would, or to have the 
 span of masks verified. Then the canvas stays as it is, and the next forward also holds
 the block as drafted and a block of masks: row ``i`` of that one sees the drafted rows
 left of ``i`` and itself, as the same weights do when they decode one by one. The
-canvas's own rows give the draft's law once more, so no law is kept in between.
+canvas's own rows give the draft's law once more, so no law is kept in between. With
+shifted logits the drafted rows themselves do that, and there are no masks.
 """
 
 from collections import OrderedDict
@@ -24,7 +25,6 @@ from vllm_unmask.decoding.verifying import ACCEPTANCE_STREAM, RESIDUAL_STREAM
 from vllm_unmask.engine.states import BlockGeometry
 from vllm_unmask.options import DecodingOptions
 
-NUM_WINDOWS = 2  # of a request that verifies: the block as drafted, and masks
 # Options that routing and acceptance read, as columns of a table of slots.
 _COLUMNS = (
     "route",
@@ -48,7 +48,7 @@ class Drafted(NamedTuple):
     rows: np.ndarray[Any, Any]  # int64 [requests] -> row of the denoising requests
     ready: torch.Tensor  # bool [requests], this forward verifies a draft
     ids: torch.Tensor  # int64 [requests, block], the blocks as drafted
-    # [requests * block, vocab], rows of the masks; None if no draft is ready.
+    # [requests * block, vocab], what verifies; None if no draft is ready.
     logits: torch.Tensor | None
 
 

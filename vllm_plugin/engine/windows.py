@@ -40,7 +40,7 @@ class Windows(NamedTuple):
     num_rows: torch.Tensor  # int64 [requests], rows from there to the query's end
     start: torch.Tensor  # int64 [requests], absolute position of the open block
     candidates: Candidates  # what they hold, no more than there is room for
-    verifies: torch.Tensor  # bool [requests], a draft and the masks that verify it
+    verifies: torch.Tensor  # bool [requests], a draft to be verified
 
     def logits_rows(self, width: int, num_tokens: int) -> torch.Tensor:
         """Rows of the first ``width`` windows, int64 [requests * width * block]."""
@@ -137,10 +137,9 @@ def window_metadata(
     led = (window == opening[request]) & (leader[request] >= 0)
     front = own[leader[request].clamp(min=0) * length]
     mask = torch.where(led.unsqueeze(1), mask | front, mask)
-    if depth > 1:
-        draft = _draft_masks(length, depth).to(device)
-        row = (window * length + column).clamp(0, len(draft) - 1)
-        mask = torch.where(windows.verifies[request].unsqueeze(1), draft[row], mask)
+    draft = _draft_masks(length, depth).to(device)
+    row = (window * length + column).clamp(0, len(draft) - 1)
+    mask = torch.where(windows.verifies[request].unsqueeze(1), draft[row], mask)
     return WindowMetadata(
         block_table[requests],
         prefix_lens.to(torch.int32),
@@ -158,10 +157,14 @@ def _own_masks(length: int, depth: int) -> torch.Tensor:
 
 @cache
 def _draft_masks(length: int, depth: int) -> torch.Tensor:
-    """Rows of a draft and of the masks that verify it, int32 [2 * length, words]."""
+    """Rows of a draft and of masks that verify it, int32 [2 * length or less, words].
+
+    A draft is causal, with or without masks behind it.
+    """
     mask = torch.zeros((depth * length, depth * length), dtype=torch.bool)
-    mask[: 2 * length, : 2 * length] = s2d2_mask(length)
-    return pack_masks([mask])[: 2 * length]
+    rows = min(depth, 2) * length
+    mask[:rows, :rows] = s2d2_mask(length)[:rows, :rows]
+    return pack_masks([mask])[:rows]
 
 
 def attend_in_windows(model: nn.Module) -> None:

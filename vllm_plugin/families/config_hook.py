@@ -59,11 +59,17 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         hf_config.canvas_length = block_length
         # The HF config object reaches the front-end validator, the scheduler and
         # the worker; plain JSON keeps it printable and hashable for vLLM.
+        shifted = getattr(hf_config, "shifted", False)
         hf_config.unmask_served = {
             "server": server_options_to_dict(options),
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
+            "shifted": shifted,
+            "first_alone": getattr(hf_config, "first_alone", False),
+            # Windows in which a draft is verified: the block as drafted, and, where
+            # its rows do not score what comes after them, masks.
+            "verify_windows": 1 if shifted else 2,
             "counters": _kept(vllm_config, "counters", _new_counters),
             "traces": _kept(vllm_config, "traces", _new_traces),
             "filter": _filter(vllm_config, options, block_length),
