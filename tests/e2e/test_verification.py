@@ -87,7 +87,7 @@ def test_always_verified_is_autoregressive_decoding(
     together, counts = engine.run(engine_calls.generate_counting, prompts(12), asked)
     assert counts["preemptions"] > 0
     assert [answer["tokens"] for answer in together] == greedy
-    for rule in ("static", "credit+factor", "threshold+edit", "hierarchy"):
+    for rule in ("static", "credit+factor", "hierarchy"):
         answers = engine.run(
             engine_calls.generate, prompts(3), params(f"{rule}+s2d2", route="always")
         )

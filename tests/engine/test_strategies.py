@@ -74,6 +74,34 @@ def test_what_a_group_remembers_is_its_slots() -> None:
     assert known.recall(both)["previous"].tolist() == [[3] * 4, [1] * 4]
 
 
+def test_a_step_that_waits_is_not_remembered() -> None:
+    """Neither is a distribution, which has a memory of its own."""
+    known = strategies()
+    for slot in (1, 3):
+        known.add_request(
+            slot, str(slot), options("klass+sched"), SamplingParams(), 3, None
+        )
+    (both,) = known.groups(np.array([3, 1]))
+    wait = torch.tensor([True, False])
+
+    def state(value: int) -> dict[str, Any]:
+        settled = torch.full((2, 4, 5), float(value)), torch.full((2, 4, 2), value)
+        return {
+            "previous": torch.full((2, 4), value),
+            "stability": Stability(*settled),
+        }
+
+    known.remember(both, state(7), wait)
+    recalled = known.recall(both)
+    assert recalled["previous"][:, 0].tolist() == [0, 7]
+    assert recalled["stability"][0][:, 0, 0].tolist() == [0, 7]
+    known.remember(both, state(8))
+    known.remember(both, state(9), wait)
+    recalled = known.recall(both)
+    assert recalled["previous"][:, 0].tolist() == [8, 9]
+    assert recalled["stability"][0][:, 0, 0].tolist() == [8, 9]
+
+
 def test_distributions_go_with_their_request() -> None:
     known = strategies()
     known.add_request(1, "a", options("klass"), SamplingParams(), 3, None)

@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_unmask.engine import logprobs
 from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
 from vllm_unmask.engine.strategy_step import block_start
-from vllm_unmask.engine.verification import NUM_WINDOWS, Drafted
+from vllm_unmask.engine.verification import NUM_WINDOWS
+from vllm_unmask.engine.verification_step import Drafted
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
