@@ -15,6 +15,7 @@ from vllm import SamplingParams
 
 from vllm_unmask.decoding.canvas import Canvas
 from vllm_unmask.decoding.history import Stability
+from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.states import BlockGeometry
 from vllm_unmask.engine.strategies import Strategies
@@ -153,12 +154,19 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
     slots = SimpleNamespace(slots_np=np.array([3]))
     none: Any = SimpleNamespace(requests={})
 
-    def step(before: list[int], after: list[int], reported: int) -> None:
+    half = torch.full((1, 4), 0.5)
+    scores = Scores(torch.zeros((1, 4), dtype=torch.int64), half, half)
+
+    def step(
+        before: list[int], after: list[int], reported: int, last: bool = True
+    ) -> None:
         tracer.observe(
             slots,  # type: ignore[arg-type]
             torch.tensor([before]),
             torch.tensor([after]),
-            torch.full((1, 4), 0.5),
+            scores,
+            None,
+            before == [7, 9, 9, 9],
             torch.tensor([4]),
             None,
             torch.tensor([0]),
@@ -166,12 +174,14 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
             none,
             None,
         )
+        if last:
+            tracer.end_forward(slots)  # type: ignore[arg-type]
 
-    tracer.add_request(3, "../name", True)
+    tracer.add_request(3, "../name", True, False)
     step([9, 9, 9, 9], [9, 5, 5, 5], 0)
     step([9, 5, 5, 5], [6, 5, 5, 5], 4)
     step([9, 9, 9, 9], [7, 9, 9, 9], 0)
-    tracer.add_request(3, "../name", True)
+    tracer.add_request(3, "../name", True, False)
     step([9, 9, 9, 9], [7, 7, 7, 7], 4)
     step([9, 9, 9, 9], [8, 8, 8, 8], 4)
     trace = read_trace(str(tmp_path), "../name", [6, 5, 5, 5, 7])
@@ -179,7 +189,21 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
     assert [t["events"][0]["step"] for t in trace["tokens"]] == [1, 0, 0, 0, 2]
     forget_trace(str(tmp_path), "../name")
     assert list(tmp_path.iterdir()) == []
-    tracer.add_request(3, "b", False)
+    # A request that speculates: the second forward goes on in the next block.
+    tracer.add_request(3, "c", True, True)
+    step([9, 9, 9, 9], [7, 9, 9, 9], 0)
+    tracer.candidates(np.array([5, 3]), torch.tensor([8, 2]))
+    step([7, 9, 9, 9], [7, 7, 7, 7], 4, last=False)
+    step([7, 9, 9, 9], [7, 7, 9, 9], 0)
+    step([7, 7, 9, 9], [7, 7, 7, 7], 4)
+    trace = read_trace(str(tmp_path), "c", [7, 7, 7, 7])
+    assert [list(forward.values()) for forward in trace["forwards"]] == [
+        [1, 0, 0],
+        [1, 2, 1],
+    ]
+    trace = read_trace(str(tmp_path), "c", [7] * 8)
+    assert [forward["steps"] for forward in trace["forwards"]] == [1, 2, 1]
+    tracer.add_request(3, "b", False, True)
     assert not tracer.concern(slots)  # type: ignore[arg-type]
 
 

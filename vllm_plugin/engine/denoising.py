@@ -157,13 +157,13 @@ class Stepper:
             scores.confidence,
             scores.order,
         )
-        before, early, hold, wait = active, None, None, None
+        before, early, hold, wait, checked = active, None, None, None, None
         if strategy is not None:
             before, scores, accepted, early, hold = strategy.decide(scores, accepted)
         if inputs.drafted is not None:
             verification = VerificationStep(self, inputs.drafted, inputs, rows, worded)
             choice = Choice(before, scores, accepted)
-            (before, scores, accepted), wait, _ = verification.decide(
+            (before, scores, accepted), wait, checked = verification.decide(
                 active, masked, logits, choice
             )
             rows = rows._replace(width=rows.width.where(~wait, 0))
@@ -208,7 +208,9 @@ class Stepper:
                 rows,
                 active,
                 done.active,
-                scores.confidence,
+                scores,
+                checked,
+                opened is not None,
                 done.width if closing is None else done.width.where(~closing, whole),
                 closing,
                 num_fixed,

@@ -100,6 +100,7 @@ class BlockDiffusionSampler:
                 nans = nans.view(len(index), -1).sum(dim=1)
                 num_nans = _place(nans, index, torch.zeros_like(num_rejected))
             stepped = self._denoise(logits, input_batch, rows)
+            self.stepper.tracer.end_forward(rows)
             self._count_verified(logits.is_cuda)
             tokens = _place(stepped.tokens, index, tokens)
             num_sampled = _place(stepped.num_tokens, index, num_sampled)

@@ -200,6 +200,8 @@ class Drafts:
             index, logits = index[mine], logits[of]
         if not len(mine):
             return stepped
+        if stepper.tracer.concern(rows):
+            stepper.tracer.candidates(rows.slots_np[index], candidates.count)
         where = async_tensor_h2d(index, device=self.device)
         slots, start = rows.slots[where], start[where]
         column = torch.arange(length, device=self.device)
