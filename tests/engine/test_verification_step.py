@@ -113,7 +113,7 @@ def test_an_edit_belongs_to_the_draft() -> None:
     assert second.choice.scores.tokens[0, 2:].tolist() == [7, 4]
     assert second.choice.accepted.tolist() == [[False, False, True, True]]
     assert second.checked.tolist() == [[-1, -1, 7, 8]]
-    assert of.verifier.totals.tolist() == [1, 2, 1]
+    assert of.verifier.totals.tolist() == [1, 2, 2, 1]
 
 
 def test_what_is_masked_again_is_drafted_again() -> None:

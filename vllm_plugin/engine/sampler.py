@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Counters of what `Verifier.totals` adds up.
 VERIFIED = (
     "speculation_verified",
+    "speculation_tokens_drafted",
     "speculation_tokens_verified",
     "speculation_tokens_corrected",
 )

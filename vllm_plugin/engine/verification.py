@@ -66,8 +66,8 @@ class Verifier:
         self.bucket = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         # bool [slots]: a draft waits for its verification.
         self.waiting = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
-        # Drafts verified, positions accepted, positions corrected, so far.
-        self.totals = torch.zeros(3, dtype=torch.int64, device=device)
+        # Drafts verified, positions in them, accepted, corrected, since last told.
+        self.totals = torch.zeros(4, dtype=torch.int64, device=device)
         self.slots: dict[str, int] = {}
         self.left: OrderedDict[str, Memory] = OrderedDict()
 

@@ -130,7 +130,7 @@ class VerificationStep:
             before = torch.where(mine & ~gaps, ids, before)
             checked = torch.where(mine & span, ids, checked)
             corrected = verified.accepted & (verified.tokens != ids)
-            told = (ready, verified.accepted, corrected)
+            told = (ready, mine & span, verified.accepted, corrected)
             verifier.totals += torch.stack([what.sum() for what in told])
         self._learn(memory, after, routed, wait, bucket, accepted.sum(dim=1))
         verifier.waiting[slots] = wait
