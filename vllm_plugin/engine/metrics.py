@@ -83,6 +83,26 @@ class Counters:
         self._row[-1] += microseconds
 
 
+class Watch:
+    """One counter of a worker, as a process beside it sees it grow.
+
+    Args:
+        path: the file.
+        row: the worker's.
+        name: of the counter.
+    """
+
+    def __init__(self, path: str, row: int, name: str) -> None:
+        self._row = Counters(path, row)._row
+        self._column = list(COUNTERS).index(name)
+        self._seen = float(self._row[self._column])
+
+    def take(self) -> float:
+        """How much was added since this was asked last."""
+        before, self._seen = self._seen, float(self._row[self._column])
+        return self._seen - before
+
+
 class _Collector:
     """All workers of all engines of this process, summed."""
 
