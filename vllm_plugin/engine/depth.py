@@ -136,7 +136,9 @@ class Depth:
 
     def _load(self, num_running: int) -> _Load:
         key = num_running.bit_length()
-        return self.loads.setdefault(key, _Load(len(self.depths)))
+        if key not in self.loads:
+            self.loads[key] = _Load(len(self.depths))
+        return self.loads[key]
 
     def choose(self, num_running: int) -> int:
         """Windows of a request in the next step.
@@ -144,8 +146,9 @@ class Depth:
         Args:
             num_running: requests that share it.
         """
-        plain = self.plain.setdefault(num_running, deque(maxlen=_REMEMBERED))
-        if len(plain) < _KNOWN:
+        if num_running not in self.plain:
+            self.plain[num_running] = deque(maxlen=_REMEMBERED)
+        if len(self.plain[num_running]) < _KNOWN:
             return 0
         load = self._load(num_running)
         if load.left <= 0 or (load.current and self.credit < 0):

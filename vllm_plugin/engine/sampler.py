@@ -165,6 +165,8 @@ class BlockDiffusionSampler:
             rows: the requests that denoise.
         """
         verifier, device = self.model_state.verifier, logits.device
+        if not verifier.slots:
+            return None
         mine = verifier.members(rows.slots_np)
         if not len(mine):
             return None
