@@ -25,6 +25,7 @@ ARROWS = {
     "request_options": {"presets", "limits"},
     "request_params": {"options", "request_options", "limits"},
     "presets": set(),
+    "trace_format": set(),
     "seeds": {"limits"},
     "limits": set(),
 }

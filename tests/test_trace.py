@@ -61,7 +61,10 @@ def histories(draw: st.DrawFn) -> tuple[dict[str, Any], list[list[tuple]]]:
             if last and not {*kinds[-1:]} & {*WRITES}:
                 kinds.append("revealed")
             for kind in kinds:
-                if kind in WRITES:
+                if kind == "drafted":
+                    draft = draw(st.integers(0, len(HOSTILE)))
+                    events.append(event(step, kind, draft, draw(st.floats(0, 1))))
+                elif kind in WRITES:
                     held = draw(st.integers(0, len(HOSTILE)))
                     events.append(event(step, kind, held, draw(st.floats(0, 1))))
                 else:
@@ -72,6 +75,15 @@ def histories(draw: st.DrawFn) -> tuple[dict[str, Any], list[list[tuple]]]:
             boards[step].append((held, happened))
         tokens.append({"token_id": held, "events": events})
     head = {"version": 1, "block_length": draw(st.integers(0, 4)), "mask_token_id": 99}
+    if draw(st.booleans()):
+        ends = draw(st.lists(st.integers(0, num_steps), max_size=4))
+        bounds = [0, *sorted(ends), num_steps]
+        accepted = draw(st.integers(0, 3))
+        drafted = accepted + draw(st.integers(0, 3))
+        head["forwards"] = [
+            {"steps": end - start, "drafted": drafted, "accepted": accepted}
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
     return {
         **head,
         "strategy": draw(st.sampled_from(["static", *HOSTILE])),
@@ -129,7 +141,24 @@ MISSING = object()
             "4",
             "trace.num_steps must be an integer, at least 0, got '4'",
         ),
-        (("num_steps",), 3, "trace.tokens[0].events: step 3 of 3 forwards"),
+        (("num_steps",), 3, "trace.tokens[0].events: step 3 of 3 steps"),
+        (("forwards",), 7, "trace.forwards must be a list, got 7"),
+        (("forwards",), [7], "trace.forwards[0] must be an object, got 7"),
+        (
+            ("forwards",),
+            [{"steps": 4, "drafted": 1}],
+            "forwards[0].accepted is missing",
+        ),
+        (
+            ("forwards",),
+            [{"steps": 4, "drafted": 1, "accepted": 2}],
+            "trace.forwards[0]: more accepted than drafted",
+        ),
+        (
+            ("forwards",),
+            [{"steps": 3, "drafted": 1, "accepted": 1}],
+            "trace.forwards have 3 steps, not 4",
+        ),
         (("block_length",), True, "trace.block_length must be an integer"),
         (("mask_token_id",), -1, "trace.mask_token_id must be an integer"),
         (("strategy",), None, "trace.strategy must be a string, got None"),
@@ -277,6 +306,41 @@ def test_terminal_stays_in_its_lines(history, pieces, width) -> None:
     for step, line in enumerate(lines[: trace.num_steps]):
         only = render_terminal(trace, pieces, width=width, step=step).split("\n")
         assert only == [line, *lines[trace.num_steps :]]
+
+
+def speculated() -> Trace:
+    """Two steps on three forwards: a draft, its verification, and a step of its own."""
+    tokens = [
+        [event(0, "drafted", 1, 0.5), event(0, "accepted", 1, 0.5)],
+        [event(0, "drafted", 2, 0.4), event(0, "resampled", 3)],
+        [event(0, "drafted", 2, 0.3), event(1, "revealed", 2, 0.9)],
+    ]
+    forwards = [(0, 0, 0), (1, 3, 1), (1, 0, 0)]
+    names = ("steps", "drafted", "accepted")
+    source = {
+        "version": 1,
+        "block_length": 4,
+        "mask_token_id": 99,
+        "strategy": "s2d2",
+        "num_steps": 2,
+        "forwards": [dict(zip(names, f, strict=True)) for f in forwards],
+        "tokens": [
+            {"token_id": i, "events": e} for i, e in zip((1, 3, 2), tokens, strict=True)
+        ],
+    }
+    return Trace.from_dict(source)
+
+
+def test_terminal_shows_what_speculation_did() -> None:
+    trace = speculated()
+    assert trace.forward_of == [1, 2]
+    assert canvas_at(trace, 0) == [(1, "accepted"), (3, "resampled"), (None, "drafted")]
+    assert render_terminal(trace, {1: "a", 2: "b", 3: "c"}).split("\n") == [
+        "0/1 +1 !1    ac░",
+        "1/2 +1       acb",
+        "s2d2: 3 tokens, 2 steps in 3 forwards, 1.00 tokens per forward, 3 drafted, 1",
+        "accepted, 1 resampled, 0 edited, 0 masked again",
+    ]
 
 
 def test_terminal_shows_each_step() -> None:

@@ -2,10 +2,9 @@
 """vLLM engines, each in a process of its own, that count what speculation brings.
 
 Front end, engine core and worker of an engine share its process: an engine that has
-nothing to do uses no core, and verifications are counted where they happen.
+nothing to do uses no core.
 """
 
-import functools
 import multiprocessing
 import os
 import time
@@ -38,27 +37,6 @@ class Measured(NamedTuple):
 
 class SpeculationLoop(Loop):
     """Inside the engine's process."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        super().__init__(options)
-        # Tokens verified and passed: no counter of the engine has them.
-        self.verified = [0, 0]
-        self._count_verifications()
-
-    def _count_verifications(self) -> None:
-        from vllm_unmask.decoding import verifying
-
-        verify = verifying.verify
-
-        @functools.wraps(verify)
-        def counting(drafts: Any, span: Any, *args: Any) -> Any:
-            result = verify(drafts, span, *args)
-            passed = result.accepted & (result.tokens == drafts)
-            self.verified[0] += int(span.sum())
-            self.verified[1] += int(passed.sum())
-            return result
-
-        verifying.verify = counting
 
     def closed(
         self, prompts: list[str], concurrency: int, extra_args: dict[str, Any]
@@ -112,8 +90,11 @@ class SpeculationLoop(Loop):
             for metric in self.llm.get_metrics()
             if metric.name.startswith(_COUNTER)
         }
-        drafted, accepted = self.verified
-        return values["drafted"] + drafted, values["accepted"] + accepted
+        passed = values["tokens_verified"] - values["tokens_corrected"]
+        return (
+            values["drafted"] + values["tokens_drafted"],
+            values["accepted"] + passed,
+        )
 
 
 def _less(after: tuple[int, ...], before: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from e2e.test_speculation import params
 from e2e.test_strategies import prompts
 from engine_process import EngineProcess
 
-NUM_MODELS = 150
+NUM_MODELS = 100
 
 
 @pytest.mark.parametrize("block", [4, 8, 32])

@@ -24,6 +24,7 @@ from dense_reference import (
 )
 from engine_process import EngineProcess
 from family_references import REFERENCES, Config, Reference
+from verified_reference import decode_verified
 
 from vllm_unmask.families import FAMILIES
 
@@ -172,6 +173,31 @@ def test_speculation_saves_forwards_and_changes_nothing(
         forwards.append(counts["steps"])
     assert answers[0] == answers[1]
     assert forwards[1] < forwards[0]
+
+
+def test_verified_and_edited_as_published(served: Served) -> None:
+    """S2D2 beside token editing: edits belong to the draft that is verified."""
+    if served.reference.shifted:
+        pytest.skip("the reference verifies with masks; the sweep has shifted logits")
+    values = {"threshold": 0.3, "edit_threshold": 0.05, "post_steps": 3, "min_span": 2}
+    extra = {f"unmask_{name}": value for name, value in values.items()}
+    extra |= {"unmask_strategy": "threshold+edit+s2d2", "unmask_route": "span_length"}
+    num_edits = 0
+    for prompt, output in zip(
+        prompts(), served.generate(prompts(), greedy(extra)), strict=True
+    ):
+        expected, edited = decode_verified(
+            served.config,
+            served.weights,
+            prompt,
+            MAX_TOKENS,
+            block=BLOCK,
+            logits_of=served.reference.logits,
+            **values,
+        )
+        assert output == expected
+        num_edits += edited
+    assert num_edits > 0
 
 
 def kinds(weights: Weights) -> dict[str, str]:

@@ -19,6 +19,7 @@ from engine_process import EngineProcess
 
 from vllm_unmask.decoding.learned import Filter, save_filter
 from vllm_unmask.presets import compose
+from vllm_unmask.trace import Trace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -163,6 +164,11 @@ def test_trace_is_that_of_careful_decoding(
             assert [rounded(e) for e in token["events"]] == [
                 rounded(e) for e in again["events"]
             ]
+        # What speculation did is told beside it.
+        told = Trace.from_dict(other["trace"])
+        assert len(told.forwards) == other["forwards"]
+        for forward in told.forwards:
+            assert forward.accepted <= forward.steps <= forward.accepted + 1
     forwards = [sum(one["forwards"] for one in of) for of in (careful, speculative)]
     assert forwards[1] <= forwards[0]
     assert forwards[1] < forwards[0] or strategy != "static"

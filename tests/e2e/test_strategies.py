@@ -127,22 +127,17 @@ def test_trace_replays_to_the_output(engine: EngineProcess, strategy: str) -> No
     )
     trace = Trace.from_dict(answer["trace"])
     assert [token.token_id for token in trace.tokens] == answer["tokens"]
-    if "freedave" in calls.fillers(strategy):
-        assert trace.num_steps >= answer["forwards"]
-    elif "s2d2" in calls.fillers(strategy):
-        # A step that is verified takes a forward more.
-        assert trace.num_steps <= answer["forwards"]
-    else:
-        assert trace.num_steps == answer["forwards"]
+    fillers = calls.fillers(strategy)
+    assert bool(trace.forwards) != fillers.isdisjoint({"freedave", "s2d2"})
+    assert (len(trace.forwards) or trace.num_steps) == answer["forwards"]
     last = canvas_at(trace, trace.num_steps - 1)
     assert [token for token, _ in last] == answer["tokens"]
-    fillers = calls.fillers(strategy)
     kinds = {event.kind for token in trace.tokens for event in token.events}
-    assert "committed" in kinds and "revealed" in kinds
-    if fillers >= {"edit", "s2d2"}:
-        # A step that is verified edits nothing, and some routes verify every step.
-        pass
-    elif "edit" in fillers:
+    assert "committed" in kinds and kinds & {"revealed", "accepted", "resampled"}
+    # A forward that drafts for the verifier is one without a step.
+    waited = 0 in [forward.steps for forward in trace.forwards]
+    assert ("drafted" in kinds) == ("s2d2" in fillers and waited)
+    if "edit" in fillers:
         assert "edited" in kinds
     else:
         assert "edited" not in kinds

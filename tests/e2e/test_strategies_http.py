@@ -150,6 +150,12 @@ def test_speculation_streamed_sixteen_at_once(server: Server, strategy: str) -> 
     assert sum(right[::2]) >= 7
     counted = {"freedave": "drafted", "s2d2": "tokens_verified"}[strategy]
     assert server.metric(f"vllm:unmask_speculation_{counted}_total") > 0
+    if strategy == "s2d2":
+        drafted, accepted = (
+            server.metric(f"vllm:spec_decode_num_{name}_tokens_total")
+            for name in ("draft", "accepted")
+        )
+        assert drafted > accepted > 0
 
 
 WRONG = {

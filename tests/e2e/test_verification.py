@@ -15,6 +15,8 @@ from checkpoints import sdar_config, write_checkpoint
 from e2e.test_strategies import BLOCK, extra, prompts
 from engine_process import EngineProcess
 
+from vllm_unmask.trace import Trace
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 MAX_TOKENS = 37
@@ -87,7 +89,7 @@ def test_always_verified_is_autoregressive_decoding(
     together, counts = engine.run(engine_calls.generate_counting, prompts(12), asked)
     assert counts["preemptions"] > 0
     assert [answer["tokens"] for answer in together] == greedy
-    for rule in ("static", "credit+factor", "threshold+edit", "hierarchy"):
+    for rule in ("static", "credit+factor", "hierarchy"):
         answers = engine.run(
             engine_calls.generate, prompts(3), params(f"{rule}+s2d2", route="always")
         )
@@ -103,6 +105,29 @@ def test_block_kv_is_not_autoregressive(checkpoint: Any, greedy: Any) -> None:
             engine_calls.generate, prompts(12), params("s2d2", route="always")
         )
     assert [answer["tokens"] for answer in answers] != greedy
+
+
+def test_the_trace_says_what_was_verified(
+    engine: EngineProcess, greedy: list[list[int]]
+) -> None:
+    """Every token was drafted before it was accepted, or another one was."""
+    asked = params("s2d2", route="always", trace=True)
+    (answer,) = engine.run(strategy_calls.generate_traced, prompts(1), asked)
+    trace = Trace.from_dict(answer["trace"])
+    assert answer["tokens"] == greedy[0]
+    assert [forward.steps for forward in trace.forwards] == [0, 1] * trace.num_steps
+    for token in trace.tokens:
+        *drafted, last, committed = token.events
+        assert committed.kind == "committed" and {e.kind for e in drafted} == {
+            "drafted"
+        }
+        accepted = drafted[-1].token_id == token.token_id
+        assert last.kind == ("accepted" if accepted else "resampled")
+        assert drafted[-1].step == last.step
+    for forward in trace.forwards[1::2]:
+        # Up to the first that fails, or all.
+        assert forward.accepted <= forward.drafted > 0
+    assert trace.count("accepted") > 0 and trace.count("resampled") > 0
 
 
 def test_never_verified_is_the_strategy(engine: EngineProcess) -> None:

@@ -15,6 +15,7 @@ from vllm import SamplingParams
 
 from vllm_unmask.decoding.canvas import Canvas
 from vllm_unmask.decoding.history import Stability
+from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.states import BlockGeometry
 from vllm_unmask.engine.strategies import Strategies
@@ -74,6 +75,34 @@ def test_what_a_group_remembers_is_its_slots() -> None:
     assert known.recall(both)["previous"].tolist() == [[3] * 4, [1] * 4]
 
 
+def test_a_step_that_waits_is_not_remembered() -> None:
+    """Neither is a distribution, which has a memory of its own."""
+    known = strategies()
+    for slot in (1, 3):
+        known.add_request(
+            slot, str(slot), options("klass+sched"), SamplingParams(), 3, None
+        )
+    (both,) = known.groups(np.array([3, 1]))
+    wait = torch.tensor([True, False])
+
+    def state(value: int) -> dict[str, Any]:
+        settled = torch.full((2, 4, 5), float(value)), torch.full((2, 4, 2), value)
+        return {
+            "previous": torch.full((2, 4), value),
+            "stability": Stability(*settled),
+        }
+
+    known.remember(both, state(7), wait)
+    recalled = known.recall(both)
+    assert recalled["previous"][:, 0].tolist() == [0, 7]
+    assert recalled["stability"][0][:, 0, 0].tolist() == [0, 7]
+    known.remember(both, state(8))
+    known.remember(both, state(9), wait)
+    recalled = known.recall(both)
+    assert recalled["previous"][:, 0].tolist() == [8, 9]
+    assert recalled["stability"][0][:, 0, 0].tolist() == [8, 9]
+
+
 def test_distributions_go_with_their_request() -> None:
     known = strategies()
     known.add_request(1, "a", options("klass"), SamplingParams(), 3, None)
@@ -125,12 +154,19 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
     slots = SimpleNamespace(slots_np=np.array([3]))
     none: Any = SimpleNamespace(requests={})
 
-    def step(before: list[int], after: list[int], reported: int) -> None:
+    half = torch.full((1, 4), 0.5)
+    scores = Scores(torch.zeros((1, 4), dtype=torch.int64), half, half)
+
+    def step(
+        before: list[int], after: list[int], reported: int, last: bool = True
+    ) -> None:
         tracer.observe(
             slots,  # type: ignore[arg-type]
             torch.tensor([before]),
             torch.tensor([after]),
-            torch.full((1, 4), 0.5),
+            scores,
+            None,
+            before == [7, 9, 9, 9],
             torch.tensor([4]),
             None,
             torch.tensor([0]),
@@ -138,12 +174,14 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
             none,
             None,
         )
+        if last:
+            tracer.end_forward(slots)  # type: ignore[arg-type]
 
-    tracer.add_request(3, "../name", True)
+    tracer.add_request(3, "../name", True, False)
     step([9, 9, 9, 9], [9, 5, 5, 5], 0)
     step([9, 5, 5, 5], [6, 5, 5, 5], 4)
     step([9, 9, 9, 9], [7, 9, 9, 9], 0)
-    tracer.add_request(3, "../name", True)
+    tracer.add_request(3, "../name", True, False)
     step([9, 9, 9, 9], [7, 7, 7, 7], 4)
     step([9, 9, 9, 9], [8, 8, 8, 8], 4)
     trace = read_trace(str(tmp_path), "../name", [6, 5, 5, 5, 7])
@@ -151,7 +189,21 @@ def test_trace_of_a_request_that_comes_back(tmp_path: Path) -> None:
     assert [t["events"][0]["step"] for t in trace["tokens"]] == [1, 0, 0, 0, 2]
     forget_trace(str(tmp_path), "../name")
     assert list(tmp_path.iterdir()) == []
-    tracer.add_request(3, "b", False)
+    # A request that speculates: the second forward goes on in the next block.
+    tracer.add_request(3, "c", True, True)
+    step([9, 9, 9, 9], [7, 9, 9, 9], 0)
+    tracer.candidates(np.array([5, 3]), torch.tensor([8, 2]))
+    step([7, 9, 9, 9], [7, 7, 7, 7], 4, last=False)
+    step([7, 9, 9, 9], [7, 7, 9, 9], 0)
+    step([7, 7, 9, 9], [7, 7, 7, 7], 4)
+    trace = read_trace(str(tmp_path), "c", [7, 7, 7, 7])
+    assert [list(forward.values()) for forward in trace["forwards"]] == [
+        [1, 0, 0],
+        [1, 2, 1],
+    ]
+    trace = read_trace(str(tmp_path), "c", [7] * 8)
+    assert [forward["steps"] for forward in trace["forwards"]] == [1, 2, 1]
+    tracer.add_request(3, "b", False, True)
     assert not tracer.concern(slots)  # type: ignore[arg-type]
 
 

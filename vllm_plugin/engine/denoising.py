@@ -19,7 +19,7 @@ from vllm_unmask.engine.logprobs import BlockLogprobs
 from vllm_unmask.engine.openings import NextBlocks
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.strategy_step import StrategyStep
-from vllm_unmask.engine.verification import Decided, Drafted
+from vllm_unmask.engine.verification_step import Choice, VerificationStep
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
@@ -150,7 +150,7 @@ class Stepper:
             scores.confidence,
             scores.order,
         )
-        before, early, hold, wait = active, None, None, None
+        before, early, hold, wait, checked = active, None, None, None, None
         if strategy is not None:
             before, scores, accepted, early, hold = strategy.decide(scores, accepted)
         if self.first_alone:
@@ -159,12 +159,14 @@ class Stepper:
             accepted = torch.where(leading, alone, accepted)
             masked = masked & ~leading
         if inputs.drafted is not None:
-            decided = self._verify(
-                inputs.drafted, rows, masked, logits, scores, accepted, worded
+            verification = VerificationStep(self, inputs.drafted, rows, worded)
+            choice = Choice(before, scores, accepted)
+            (before, scores, accepted), wait, checked = verification.decide(
+                active, masked, logits, choice
             )
-            scores, accepted, untouched, wait = decided
-            before = torch.where(untouched.unsqueeze(1), active, before)
             rows = rows._replace(width=rows.width.where(~wait, 0))
+        if strategy is not None:
+            strategy.remember(wait)
         if worded:
             accepted = self.bad_words.withdraw(accepted, scores, before, rows)
         if grammar is None:
@@ -192,7 +194,7 @@ class Stepper:
         following = None
         if strategy is not None:
             hold = strategy.held(hold, done.active, grammar)
-            hold = hold if wait is None else hold & ~untouched
+            hold = hold if wait is None else hold & ~wait
             width = torch.where(hold, 0, width)
             if opened is None:
                 following = self._next_blocks(rows, strategy, inputs)
@@ -204,7 +206,9 @@ class Stepper:
                 rows,
                 active,
                 done.active,
-                scores.confidence,
+                scores,
+                checked,
+                opened is not None,
                 done.width if closing is None else done.width.where(~closing, whole),
                 closing,
                 num_fixed,
@@ -223,63 +227,6 @@ class Stepper:
             tokens[row, 0] = mask_id
             num_tokens[row] = 1
         return Stepped(tokens, num_tokens, logprobs, scores, complete)
-
-    def _verify(
-        self,
-        drafted: Drafted,
-        rows: DenoisingRows,
-        masked: torch.Tensor,
-        logits: torch.Tensor,
-        scores: Scores,
-        accepted: torch.Tensor,
-        worded: bool,
-    ) -> Decided:
-        """Verify drafts, and hold new ones for the next forward.
-
-        Args:
-            drafted: the requests concerned.
-            rows: all requests that denoise.
-            masked: bool [requests, block], of all.
-            logits: float32 [requests * block, vocab], after biases.
-            scores: each tensor [requests, block].
-            accepted: bool [requests, block], what the strategy would unmask.
-            worded: whether any request has bad words.
-        """
-        length, mask_id = self.geometry
-        index = async_tensor_h2d(drafted.rows, device=masked.device)
-        mine, verifier_logits = rows.slots[index], None
-        if drafted.logits is not None:
-            drafted.logits[:, mask_id] = -torch.inf
-            some = rows.choose(drafted.rows, rows.start[index], length)
-            places = some.positions(length).view(-1)
-            verifier_logits, _ = self.biases.apply(
-                drafted.logits, places, some, drafted.ids, worded, None, False
-            )
-            members = self.grammars.members(some.slots_np)
-            if members:
-                GrammarStep(self.grammars, members).constrain_draft(
-                    verifier_logits, drafted.ids, drafted.ready
-                )
-        decided = self.verifier.decide(
-            drafted,
-            rows.slots,
-            rows.slots_np,
-            masked,
-            logits,
-            verifier_logits,
-            scores,
-            accepted,
-            self.canvas.step[rows.slots],
-            rows.positions(length).view(-1),
-            self.sampling_states,
-        )
-        block, gaps = self.open_blocks(mine)
-        self.drafts.hold(
-            mine,
-            torch.where(gaps, decided.scores.tokens[index], block),
-            decided.wait[index],
-        )
-        return decided
 
     def open_blocks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Open blocks and their masked positions, each [requests, block].

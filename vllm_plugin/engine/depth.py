@@ -2,63 +2,142 @@
 """How far to speculate: as far as it has been paying, by the clock.
 
 Windows cost rows. Next to a small batch these are nearly free; next to a large one they
-are not, and how many steps a forward then saves depends on the text. So the depth is
-climbed like a ladder: beside the best one its neighbours are tried, for some steps, and
-one that did not pay is tried again after ever longer times.
+are not, and how many steps a forward then saves depends on the text. So a depth has a
+*worth*: denoising steps that a forward carries out, in the time of a forward without
+windows. Both are measured, and neither depends on how long the requests are; tokens a
+second, which do, would need hundreds of steps to tell two depths apart.
+
+What is tried must be paid for. Speculation has an account in plain steps, into which
+every step pays a small share of itself, and from which a step with windows takes what
+it is slower than the steps that it carries out. Without credit nothing is speculated,
+so that all of it together costs no more than that share.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 
 from vllm_unmask.options import DecodingOptions
 
 # Steps that a depth is tried or kept before the next choice.
-_TRIAL = 24
-# Trials after which a depth that did not pay is tried again: at first, and at most.
-_SOON, _LATE = 8, 512
+_TRIAL = 16
+# Share of the time that speculation may lose.
+_BUDGET = 0.01
+# Credit, in plain steps: at first, at most, and what it takes to begin.
+_START, _MOST, _STAKE = 4.0, 32.0, 2.0
+# Trials after which a depth beside one that pays is tried again: at first, at most.
+_SOON, _LATE = 8, 128
 # Weight of what was measured before, when a trial begins.
 _MEMORY = 0.8
-# How much better a depth must be than the best one to take its place.
-_MARGIN = 1.05
+# Steps without windows that tell how long one takes: so many are enough, or remembered.
+_KNOWN, _REMEMBERED = 4, 15
+# Steps that tell what a depth is worth, and how much more than the best one it must be.
+_TOLD, _MARGIN = 12.0, 1.03
+# A step that took longer than so many plain ones was held up by something else.
+_LONGEST = 16.0
 
 
 @dataclass
 class _Arm:
     """One depth at one load."""
 
-    tokens: float = 0.0
-    seconds: float = 0.0
-    pause: int = _SOON  # trials until it is tried again, once it has not paid
+    forwards: float = 0.0
+    steps: float = 0.0  # denoising steps of a request, in these forwards
+    cost: float = 0.0  # of these forwards, in plain steps
+    tries: int = 0
+    pause: int = _SOON  # trials until it is tried again beside a better one
     due: int = 0  # trial from which that may happen
 
     @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def worth(self) -> float:
+        """Denoising steps in the time of a plain one; 0 while nobody knows."""
+        return self.steps / self.cost if self.forwards >= _TOLD else 0.0
+
+
+class _Load:
+    """What is known of the depths beside about so many requests."""
+
+    def __init__(self, num_arms: int) -> None:
+        self.arms = [_Arm() for _ in range(num_arms)]
+        self.best = self.current = 0  # places of arms; 0 is no windows
+        self.trial = 0
+        self.left = 0  # steps until the next choice
+
+    def worth(self, place: int) -> float:
+        return self.arms[place].worth if place else 1.0
+
+    def next(self, credit: float) -> None:
+        """Judge the trial that has ended, and choose what to run now."""
+        arms, last = self.arms, self.current
+        self.trial += 1
+        if last != self.best:
+            arms[last].due = self.trial + arms[last].pause
+            arms[last].pause = min(2 * arms[last].pause, _LATE)
+        if self.worth(self.best) < 1:
+            self.best = 0
+        first = max(range(len(arms)), key=self.worth)
+        if self.worth(first) > _MARGIN * self.worth(self.best):
+            self.best = first
+        self.current = self._choose(credit)
+        self.left = _TRIAL
+        arm = arms[self.current]
+        arm.tries += 1
+        arm.forwards *= _MEMORY
+        arm.steps *= _MEMORY
+        arm.cost *= _MEMORY
+
+    def _choose(self, credit: float) -> int:
+        if credit < (0 if self.best else _STAKE):
+            return 0
+        losses = self._losses()
+        if self.best:
+            beside = {0, self.best - 1, self.best + 1}.intersection(range(len(losses)))
+            due = [n for n in beside if self.arms[n].due < self.trial]
+            return max((n for n in due if losses[n] <= credit), default=self.best)
+        # What the least has been spent on; it may have to be saved up for.
+        spent = [(arm.tries + 1) * x for arm, x in zip(self.arms, losses, strict=True)]
+        place = min(range(1, len(spent)), key=spent.__getitem__)
+        return place if losses[place] <= credit else 0
+
+    def _losses(self) -> list[float]:
+        """Plain steps that a trial of each depth may lose, of an unknown one at twice
+        the rate of the one before."""
+        losses = [0.0]
+        for arm in self.arms[1:]:
+            known = arm.forwards > 0
+            mean = (arm.cost - arm.steps) / arm.forwards if known else 0.0
+            losses.append(_TRIAL * mean if known else 2 * losses[-1])
+            losses[-1] = max(losses[-1], 1.0)
+        return losses
 
 
 class Depth:
     """Chooses how many windows a request may have, step by step.
 
     Args:
-        most: windows that a request may have.
+        most: windows that a request may have, at least 1.
         clock: seconds.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = perf_counter) -> None:
-        self.arms = sorted({0, most} | {n for n in (1, 3, 7) if n < most})
+        self.depths = sorted({0, most} | {n for n in (1, 3, 7) if n < most})
         self.clock = clock
-        # Load, a power of two of running requests -> what its depths brought, in the
-        # order of `arms`.
-        self.tried: dict[int, list[_Arm]] = {}
-        self.trials: dict[int, int] = {}
-        self.best: dict[int, int] = {}
-        self.current: dict[int, int] = {}
-        self.left: dict[int, int] = {}
-        # Load, place and start of the steps under way; None for one that is no measure.
+        self.credit = _START
+        # Running requests -> seconds of their last steps without windows.
+        self.plain: dict[int, deque[float]] = {}
+        self.loads: dict[int, _Load] = {}  # a power of two of them -> its depths
+        # Running requests, place and start of the steps under way; None for one that is
+        # no measure.
         self.under_way: deque[tuple[int, int, float] | None] = deque()
         self.finished = 0.0
+
+    def _load(self, num_running: int) -> _Load:
+        key = num_running.bit_length()
+        if key not in self.loads:
+            self.loads[key] = _Load(len(self.depths))
+        return self.loads[key]
 
     def choose(self, num_running: int) -> int:
         """Windows of a request in the next step.
@@ -66,31 +145,14 @@ class Depth:
         Args:
             num_running: requests that share it.
         """
-        load = num_running.bit_length()
-        if self.left.get(load, 0) <= 0:
-            self._next(load)
-        return self.arms[self.current[load]]
-
-    def _next(self, load: int) -> None:
-        """Judge the trial that has ended, and choose what to run now."""
-        arms = self.tried.setdefault(load, [_Arm() for _ in self.arms])
-        trial = self.trials[load] = self.trials.get(load, 0) + 1
-        best, last = self.best.setdefault(load, 0), self.current.get(load, 0)
-        if last != best and arms[last].rate > _MARGIN * arms[best].rate:
-            # What it was better than may be so at another time.
-            arms[best].due = trial + arms[best].pause
-            best = self.best[load] = last
-            arms[best].pause = _SOON
-        elif last != best:
-            arms[last].due = trial + arms[last].pause
-            arms[last].pause = min(2 * arms[last].pause, _LATE)
-        chosen = best
-        if arms[best].seconds:
-            beside = [n for n in (best + 1, best - 1) if 0 <= n < len(arms)]
-            chosen = next((n for n in beside if arms[n].due < trial), best)
-        self.current[load], self.left[load] = chosen, _TRIAL
-        arms[chosen].tokens *= _MEMORY
-        arms[chosen].seconds *= _MEMORY
+        if num_running not in self.plain:
+            self.plain[num_running] = deque(maxlen=_REMEMBERED)
+        if len(self.plain[num_running]) < _KNOWN:
+            return 0
+        load = self._load(num_running)
+        if load.left <= 0 or (load.current and self.credit < 0):
+            load.next(self.credit)
+        return self.depths[load.current]
 
     def start(self, num_running: int, depth: int, measured: bool) -> None:
         """A step begins.
@@ -100,25 +162,43 @@ class Depth:
             depth: what that said.
             measured: whether the step is what most are: no prompt in it.
         """
-        step = (num_running.bit_length(), self.arms.index(depth), self.clock())
+        step = (num_running, self.depths.index(depth), self.clock())
         self.under_way.append(step if measured else None)
 
-    def finish(self, num_tokens: int) -> None:
+    def finish(self, num_saved: float) -> None:
         """The oldest step under way ends.
 
         Args:
-            num_tokens: what it reported, of all requests.
+            num_saved: denoising steps that its windows served, of all requests.
         """
         step = self.under_way.popleft() if self.under_way else None
         now = self.clock()
         if step is not None:
-            load, place, started = step
-            arm = self.tried[load][place]
-            arm.tokens += num_tokens
-            arm.seconds += now - max(started, self.finished)
-            if place == self.current[load]:
-                self.left[load] -= 1
+            num_running, place, started = step
+            self._measure(
+                num_running, place, now - max(started, self.finished), num_saved
+            )
         self.finished = now
+
+    def _measure(
+        self, num_running: int, place: int, seconds: float, num_saved: float
+    ) -> None:
+        plain, load = self.plain[num_running], self._load(num_running)
+        if not place:
+            plain.append(seconds)
+        # Something else may hold a step up, and must not pass for its usual time.
+        cost = min(seconds / median(plain), _LONGEST)
+        self.credit += _BUDGET * cost
+        if place:
+            steps = 1 + num_saved / num_running
+            self.credit += steps - cost
+            arm = load.arms[place]
+            arm.forwards += 1
+            arm.steps += steps
+            arm.cost += cost
+        self.credit = min(self.credit, _MOST)
+        if place == load.current:
+            load.left -= 1
 
 
 class WindowPlan:
@@ -143,7 +223,7 @@ class WindowPlan:
         self.to_verify = to_verify
         self.most = most
         self.pages = 1 + most * block_length // page_size
-        self.depth = Depth(most) if adaptive else None
+        self.depth = Depth(most) if adaptive and most else None
         self.wanted: dict[str, int] = {}  # request id -> windows that it asks for
         # Requests whose output depends on having theirs: those that verify.
         self.fixed: dict[str, int] = {}
@@ -190,7 +270,7 @@ class WindowPlan:
         if self.depth is not None:
             self.depth.start(num_running, self.allowed, usual and self.measured)
 
-    def finish(self, num_tokens: int) -> None:
-        """The oldest step under way ends and has reported so many tokens."""
+    def finish(self, num_saved: float) -> None:
+        """The oldest step under way ends; its windows served so many steps."""
         if self.depth is not None:
-            self.depth.finish(num_tokens)
+            self.depth.finish(num_saved)

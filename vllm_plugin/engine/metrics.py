@@ -33,8 +33,20 @@ COUNTERS = {
     "speculation_drafted": "Candidates that these forwards held besides canvases.",
     "speculation_accepted": "Denoising steps taken on candidates, without a forward.",
     "speculation_verified": "Drafts that the same weights verified one by one.",
-    "speculation_tokens_verified": "Tokens of those that passed or were put right.",
+    "speculation_tokens_drafted": "Tokens of those drafts.",
+    "speculation_tokens_verified": "Of these, the ones that passed or were put right.",
     "speculation_tokens_corrected": "Of these, the ones that were put right.",
+}
+# vLLM's names for speculative decoding, and what of the above they are. Beside a
+# diffusion model it has no counters of these names: what it has for them counts
+# denoising steps, canvas positions and committed tokens, under other names.
+_DRAFTS = {
+    "vllm:spec_decode_num_drafts": ("speculation_verified",),
+    "vllm:spec_decode_num_draft_tokens": ("speculation_tokens_drafted",),
+    "vllm:spec_decode_num_accepted_tokens": (
+        "speculation_tokens_verified",
+        "speculation_tokens_corrected",
+    ),
 }
 # Upper bounds of grammar work, microseconds a request and step.
 BUCKETS = (10, 20, 50, 100, 150, 250, 500, 1000, 2500, 5000, 10000)
@@ -71,18 +83,49 @@ class Counters:
         self._row[-1] += microseconds
 
 
+class Watch:
+    """One counter of a worker, as a process beside it sees it grow.
+
+    Args:
+        path: the file.
+        row: the worker's.
+        name: of the counter.
+    """
+
+    def __init__(self, path: str, row: int, name: str) -> None:
+        self._row = Counters(path, row)._row
+        self._column = list(COUNTERS).index(name)
+        self._seen = float(self._row[self._column])
+
+    def take(self) -> float:
+        """How much was added since this was asked last."""
+        before, self._seen = self._seen, float(self._row[self._column])
+        return self._seen - before
+
+
 class _Collector:
     """All workers of all engines of this process, summed."""
 
     def __init__(self) -> None:
         self.files: list[np.memmap[Any, Any]] = []
 
+    def describe(self) -> Iterator[Metric]:
+        # vLLM's names are not claimed: another engine here may register them.
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"vllm:unmask_{name}", text)
+        yield HistogramMetricFamily(f"vllm:unmask_{_STEP}", "")
+
     def collect(self) -> Iterator[Metric]:
         total = np.zeros(_COLUMNS)
         for values in self.files:
             total += values.sum(axis=0)
-        for name, value in zip(COUNTERS, total, strict=False):
+        counted = dict(zip(COUNTERS, total, strict=False))
+        for name, value in counted.items():
             yield CounterMetricFamily(f"vllm:unmask_{name}", COUNTERS[name], value)
+        if counted["speculation_verified"]:
+            for name, (whole, *less) in _DRAFTS.items():
+                value = counted[whole] - sum(counted[other] for other in less)
+                yield CounterMetricFamily(name, "Of S2D2, summed over engines.", value)
         counts = np.cumsum(total[len(COUNTERS) : -1])
         bounds = [*map(str, BUCKETS), "+Inf"]
         yield HistogramMetricFamily(

@@ -27,7 +27,7 @@ from vllm_unmask.engine.rows import AheadRows, DenoisingRows
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
 from vllm_unmask.engine.speculation import Drafts, Speculating
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
-from vllm_unmask.engine.strategies import Strategies
+from vllm_unmask.engine.strategies import SPECULATION, Strategies
 from vllm_unmask.engine.strategy_data import Delimiters
 from vllm_unmask.engine.tracing import Tracer
 from vllm_unmask.engine.verification import Verifier
@@ -139,7 +139,8 @@ class BlockDiffusionModelState(ModelState):
         self.strategies.add_request(
             req_index, req_id, options, params, num_prompt, seeds
         )
-        self.tracer.add_request(req_index, req_id, options.trace)
+        speculates = not SPECULATION.isdisjoint(options.fillers)
+        self.tracer.add_request(req_index, req_id, options.trace, speculates)
         self.drafts.add_request(req_index, options)
         self.verifier.add_request(req_index, req_id, options)
         self.openings.add_request(

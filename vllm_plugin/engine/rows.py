@@ -9,7 +9,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.speculation import Speculating
-    from vllm_unmask.engine.verification import Drafted
+    from vllm_unmask.engine.verification_step import Drafted
 
 
 class AheadRows(NamedTuple):

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_unmask.engine import logprobs
 from vllm_unmask.engine.denoising import Stepped, Stepper
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
-from vllm_unmask.engine.verification import Drafted
+from vllm_unmask.engine.verification_step import Drafted
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Counters of what `Verifier.totals` adds up.
 VERIFIED = (
     "speculation_verified",
+    "speculation_tokens_drafted",
     "speculation_tokens_verified",
     "speculation_tokens_corrected",
 )
@@ -99,6 +100,7 @@ class BlockDiffusionSampler:
                 nans = nans.view(len(index), -1).sum(dim=1)
                 num_nans = _place(nans, index, torch.zeros_like(num_rejected))
             stepped = self._denoise(logits, rows)
+            self.stepper.tracer.end_forward(rows)
             self._count_verified(logits.is_cuda)
             tokens = _place(stepped.tokens, index, tokens)
             num_sampled = _place(stepped.num_tokens, index, num_sampled)
@@ -150,6 +152,8 @@ class BlockDiffusionSampler:
             rows: the requests that denoise.
         """
         verifier, device = self.model_state.verifier, logits.device
+        if not verifier.slots:
+            return None
         mine = verifier.members(rows.slots_np)
         if not len(mine):
             return None

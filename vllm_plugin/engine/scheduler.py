@@ -31,12 +31,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_unmask.engine.depth import WindowPlan
-from vllm_unmask.engine.tracing import (
-    TRACE_KEY,
-    VERSION,
-    forget_trace,
-    read_trace,
-)
+from vllm_unmask.engine.metrics import Watch
+from vllm_unmask.engine.tracing import TRACE_KEY, VERSION, forget_trace, read_trace
 from vllm_unmask.options import admitted_options, server_options_from_dict
 
 
@@ -71,6 +67,8 @@ class BlockDiffusionScheduler(Scheduler):
             served["server"]["adaptive_candidates"],
             served["verify_windows"],
         )
+        row = self.vllm_config.parallel_config.data_parallel_rank
+        self.accepted = Watch(served["counters"], row, "speculation_accepted")
         # Request id -> request and strategy, of those that asked for a trace.
         self.traced: dict[str, tuple[Request, str]] = {}
         self.traces: str = served["traces"]
@@ -244,7 +242,7 @@ class BlockDiffusionScheduler(Scheduler):
             else:
                 self.pending.discard(req_id)
         if scheduler_output.num_scheduled_tokens:
-            self.windows.finish(sum(map(len, sampled)))
+            self.windows.finish(self.accepted.take())
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.traced:
             self._add_traces(outputs)

@@ -64,6 +64,7 @@ class Drafts:
         self.max_model_len = max_model_len
         self.device = device
         self.on_cpu = device.type == "cpu"
+        self.any_held = False  # on the host: whether there may be candidates
         # Windows that a slot's request asks for, 0 for one that does not speculate.
         self.limit = np.zeros(max_num_reqs, np.int64)
         self.guesses = np.zeros(max_num_reqs, np.bool_)  # the windows hold candidates
@@ -110,6 +111,8 @@ class Drafts:
         if num_drafts is None or not self.limit.any():
             return None
         length = self.geometry.block_length
+        if not self.any_held and input_batch.num_scheduled_tokens.max() <= length:
+            return None
         slots_np = input_batch.idx_mapping_np
         index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
         if not len(index_np):
@@ -119,7 +122,9 @@ class Drafts:
             room_np = input_batch.num_scheduled_tokens[index_np] - (1 + opened) * length
             if (room_np < length).all():
                 # Guesses are about the block that was open when they were made.
-                self.candidates.count.numpy()[slots_np[index_np]] = 0
+                count = self.candidates.count.numpy()
+                count[slots_np[index_np]] = 0
+                self.any_held = bool(count.any())
                 return None
         to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
         slots = to_device(slots_np[index_np])
@@ -155,6 +160,7 @@ class Drafts:
         held = Candidates(windows, self.to_verify * wait, none, none)
         for kept, new in zip(self.candidates, held, strict=True):
             kept[slots] = new
+        self.any_held = True
 
     def take_closing(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Which blocks wait for nothing but their report, bool [requests].
@@ -199,6 +205,8 @@ class Drafts:
             index, logits = index[mine], logits[of]
         if not len(mine):
             return stepped
+        if stepper.tracer.concern(rows):
+            stepper.tracer.candidates(rows.slots_np[index], candidates.count)
         where = async_tensor_h2d(index, device=self.device)
         slots, start = rows.slots[where], rows.start[where]
         column = torch.arange(length, device=self.device)
@@ -312,3 +320,4 @@ class Drafts:
         )
         for kept, new in zip(self.candidates, drafts, strict=True):
             kept[slots] = new
+        self.any_held = True

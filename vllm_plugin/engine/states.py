@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-slot decoding state of the requests a worker holds."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,39 @@ def _canvas_kernels() -> Any:
     from vllm_unmask.kernels import canvas
 
     return canvas
+
+
+def each(function: Callable[..., torch.Tensor], *values: Any) -> Any:
+    """A function of tensors, applied to named tuples of them field by field."""
+    if isinstance(values[0], torch.Tensor):
+        return function(*values)
+    fields = zip(*values, strict=True)
+    return type(values[0])(*(each(function, *field) for field in fields))
+
+
+def take(kept: Any, slots: torch.Tensor) -> Any:
+    """Rows of tensors [slots, ...]; ``slots`` int64 [requests]."""
+    return each(lambda x: x[slots], kept)
+
+
+def put(kept: Any, slots: torch.Tensor, values: Any) -> None:
+    """Replace rows of tensors [slots, ...], in place."""
+    each(lambda x, new: x.index_copy_(0, slots, new.to(x.dtype)), kept, values)
+
+
+def select(where: torch.Tensor, yes: Any, no: Any) -> Any:
+    """Of each request the one or the other.
+
+    Args:
+        where: bool [requests].
+        yes: a tensor [requests, ...], or named tuples of such.
+        no: the same.
+    """
+
+    def choose(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.where(where.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return each(choose, yes, no)
 
 
 class BlockGeometry(NamedTuple):

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_unmask.decoding.history import Stability
 from vllm_unmask.decoding.learned import Filter
 from vllm_unmask.decoding.strategy import Parameters, State
-from vllm_unmask.engine.states import BlockGeometry
+from vllm_unmask.engine.states import BlockGeometry, each, put, select, take
 from vllm_unmask.options import DecodingOptions
 from vllm_unmask.seeds import Seeds
 
@@ -227,21 +227,36 @@ class Strategies:
             if name == "stability":
                 state["stability"] = self._recall_distributions(group)
             elif name in self.memory:
-                state[name] = _map(self.memory[name], lambda x: x[group.slots])
+                state[name] = take(self.memory[name], group.slots)
         return state
 
-    def remember(self, group: Group, state: State) -> None:
-        """Keep what the step left."""
+    def remember(
+        self, group: Group, state: State, wait: torch.Tensor | None = None
+    ) -> None:
+        """Keep what the step left.
+
+        Args:
+            group: the requests.
+            state: what the functions of `decoding` made of what was recalled.
+            wait: bool [requests], whose step is carried out by the next forward: they
+                remember what they did before it.
+        """
+        known = {} if wait is None else self.recall(group)
         for name, value in state.items():
+            if wait is not None:
+                before = known.get(name)
+                if before is None:
+                    before = each(torch.zeros_like, value)
+                value = select(wait, before, value)
             if name == "stability":
                 for slot, *row in zip(group.slots_np.tolist(), *value, strict=True):
                     self.distributions[slot] = Stability(*row)
                 continue
             if name not in self.memory:
-                self.memory[name] = _map(
-                    value, lambda x: x.new_zeros((self.max_num_reqs, *x.shape[1:]))
+                self.memory[name] = each(
+                    lambda x: x.new_zeros((self.max_num_reqs, *x.shape[1:])), value
                 )
-            _write(self.memory[name], group.slots, value)
+            put(self.memory[name], group.slots, value)
 
     def _names(self, group: Group) -> set[str]:
         return {name for filler in group.fillers for name in _MEMORY.get(filler, ())}
@@ -254,18 +269,3 @@ class Strategies:
         # A slot without one is in the first step of its first block.
         rows = [row or Stability(*map(torch.zeros_like, some)) for row in known]
         return Stability(*map(torch.stack, zip(*rows, strict=True)))
-
-
-def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tensor, or a named tuple of them, with a function applied to each."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    return type(value)(*map(function, value))
-
-
-def _write(kept: Any, slots: torch.Tensor, value: Any) -> None:
-    if isinstance(kept, torch.Tensor):
-        kept[slots] = value.to(kept.dtype)
-        return
-    for tensor, new in zip(kept, value, strict=True):
-        tensor[slots] = new

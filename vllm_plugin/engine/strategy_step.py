@@ -143,7 +143,6 @@ class StrategyStep:
             self.groups, self.evidence, strict=True
         ):
             decision = self._decide(group, block, state, scores, evidence)
-            self.strategies.remember(group, state)
             accepted = group.put(accepted, decision.accepted)
             tokens = group.put(tokens, decision.tokens)
             ids = group.put(ids, decision.ids)
@@ -158,6 +157,16 @@ class StrategyStep:
                 confidence = group.put(confidence, sure)
         scores = scores._replace(tokens=tokens, confidence=confidence)
         return Outcome(ids, scores, accepted, opened, hold)
+
+    def remember(self, wait: torch.Tensor | None) -> None:
+        """Keep what the step left.
+
+        Args:
+            wait: bool [requests], whose step is carried out by the next forward.
+        """
+        for group, _, state in self.groups:
+            mine = None if wait is None else group.take(wait)
+            self.strategies.remember(group, state, mine)
 
     def _decide(
         self,
