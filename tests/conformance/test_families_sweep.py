@@ -13,11 +13,11 @@ import engine_calls
 import pytest
 from checkpoints import EOS, write_checkpoint
 from conformance.test_exactness_sweep import choose_scheduled, random_engine
-from dense_reference import choose_threshold, decode
+from dense_reference import choose_threshold
 from engine_process import EngineProcess
 from family_references import REFERENCES
 
-from vllm_unmask.families import FAMILIES
+from vllm_unmask.families import FAMILIES, family_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -62,7 +62,7 @@ def agrees(
             ],
         )
     for (prompt, budget, extra, choose), output in zip(requests, outputs, strict=True):
-        expected, _ = decode(
+        expected, _ = reference.decode(
             config,
             weights,
             prompt,
@@ -82,6 +82,11 @@ def test_random_engine_equals_dense_decoding(
 ) -> None:
     seed = BLOCKS.index(block)
     settings = random_engine(random.Random(seed), block)
+    if family_of(architecture).attention == "full":
+        settings["async_scheduling"] = False
+        settings["additional_config"] = {"unmask": {"window": 0}}
+        budget = settings["max_num_batched_tokens"]
+        settings["max_num_batched_tokens"] = max(settings["max_model_len"], budget)
     agrees(architecture, tmp_path, block, seed, **settings)
 
 
