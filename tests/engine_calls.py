@@ -48,33 +48,39 @@ def generate_recorded(
     """``generate``, and for each denoising step of each request what it saw.
 
     Every record: ``prefix`` (ids left of the active block), ``active`` (its ids
-    before the step), ``logits`` [width, vocab], ``rows`` (rows forwarded),
-    ``pages`` (KV pages in order).
+    before the step), ``num_fixed`` (of them from the prompt), ``logits`` [width,
+    vocab], ``rows`` (rows forwarded), ``pages`` (KV pages in order).
     """
     runner = model_runner(llm)
     sampler = runner.sampler
     records: list[dict[str, Any]] = []
-    original = sampler._denoise
+    original, sample = sampler._denoise, runner.sample
+    batch: Any = None
 
-    def denoise(logits: Any, batch: Any, rows: Any) -> Any:
+    def noting_sample(hidden: Any, input_batch: Any, *args: Any) -> Any:
+        nonlocal batch
+        batch = input_batch
+        return sample(hidden, input_batch, *args)
+
+    def denoise(logits: Any, rows: Any) -> Any:
         from vllm_unmask.decoding.canvas import active_ids
 
         length = sampler.geometry.block_length
         canvas = sampler.states.gather(rows.slots)
         active = active_ids(canvas)
-        positions = batch.positions[batch.logits_indices].view(-1, length)
         tokens = runner.req_states.all_token_ids.gpu
         for i, slot in enumerate(rows.slots_np.tolist()):
             width = int(rows.width[i])
             if width == 0:
                 continue
-            start = int(positions[i, 0])
+            start = int(rows.start[i])
             index = int(rows.batch_index[i])
             records.append(
                 {
                     "request": batch.req_ids[index],
                     "prefix": tokens[slot, :start].tolist(),
                     "active": active[i, :width].tolist(),
+                    "num_fixed": int(canvas.num_fixed[i]),
                     "logits": logits[i * length : i * length + width].clone(),
                     "rows": int(batch.num_scheduled_tokens[index]),
                     "pages": runner.block_tables.block_tables[0]
@@ -82,13 +88,13 @@ def generate_recorded(
                     .tolist(),
                 }
             )
-        return original(logits, batch, rows)
+        return original(logits, rows)
 
-    sampler._denoise = denoise
+    sampler._denoise, runner.sample = denoise, noting_sample
     try:
         outputs = generate(llm, prompts, params)
     finally:
-        del sampler._denoise
+        del sampler._denoise, runner.sample
     return outputs, records
 
 

@@ -78,3 +78,21 @@ def after_end(is_end: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """
     column = torch.arange(masked.shape[1], device=masked.device)
     return masked & (column > _leftmost(is_end))
+
+
+def first_alone(masked: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """The first position of blocks that have only been opened, where it is masked.
+
+    Where the row before a block scores its first position, that one needs nothing of
+    the block; Fast-dLLM v2 has its token before it reads the block at all.
+
+    Args:
+        masked: bool [requests, block].
+        step: int64 [requests], denoising step within the block.
+
+    Returns:
+        bool [requests, block], one position or none: all that these blocks unmask.
+    """
+    alone = torch.zeros_like(masked)
+    alone[:, 0] = masked[:, 0] & (step == 0)
+    return alone

@@ -10,7 +10,7 @@ from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.states import CanvasStates
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.rows import DenoisingRows
 
 
 class BadWords:

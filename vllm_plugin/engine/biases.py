@@ -15,7 +15,7 @@ from vllm_unmask.engine.grammar_step import GrammarStep
 from vllm_unmask.engine.states import CanvasStates
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.rows import DenoisingRows
 
 
 class Biases:

@@ -10,28 +10,19 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_unmask.decoding.canvas import stay
+from vllm_unmask.decoding.regions import first_alone
 from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.biases import Biases
 from vllm_unmask.engine.candidates import AHEAD_STEPS, Candidates
 from vllm_unmask.engine.grammar_step import GrammarStep, Unmasked
 from vllm_unmask.engine.logprobs import BlockLogprobs
 from vllm_unmask.engine.openings import NextBlocks
+from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.strategy_step import StrategyStep
 from vllm_unmask.engine.verification import Decided, Drafted
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
-
-
-class StepLogits(NamedTuple):
-    """Logits that a step reads, and where their rows are."""
-
-    logits: torch.Tensor  # [requests * block, vocab], the open blocks
-    positions: torch.Tensor  # int64 [requests * block], absolute
-    # The same of the next blocks of those requests that look ahead.
-    ahead: torch.Tensor | None = None  # [requests that look ahead * block, vocab]
-    ahead_positions: torch.Tensor | None = None
-    drafted: Drafted | None = None  # of requests that verify
+    from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
 
 class Stepped(NamedTuple):
@@ -79,6 +70,7 @@ class Stepper:
         self.states = model_state.states
         self.canvas = self.states.canvas
         self.geometry = model_state.geometry
+        self.first_alone = model_state.first_alone
         self.sampling_states = base.sampling_states
         self.biases = Biases(base, self.states)
         self.bad_words = self.biases.bad_words
@@ -94,7 +86,7 @@ class Stepper:
     def step(
         self,
         inputs: StepLogits,
-        rows: "DenoisingRows",
+        rows: DenoisingRows,
         closing: torch.Tensor | None = None,
         opened: torch.Tensor | None = None,
     ) -> Stepped:
@@ -108,14 +100,14 @@ class Stepper:
             opened: bool [requests], blocks behind one that this forward has reported:
                 they are not reported, even if the step completes them.
         """
-        mask_id = self.geometry.mask_token_id
+        length, mask_id = self.geometry
         ops, canvas = self.states.ops, self.canvas
         if closing is not None:
             rows, whole = rows._replace(width=rows.width.where(~closing, 0)), rows.width
         active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
 
         # MASK is never a prediction: a revealed mask would loop forever.
-        raw_logits, positions = inputs.logits, inputs.positions
+        raw_logits, positions = inputs.logits, rows.positions(length).view(-1)
         raw_logits[:, mask_id] = -torch.inf
         worded = self.bad_words.concern(rows)
         members = self.grammars.members(rows.slots_np)
@@ -160,9 +152,14 @@ class Stepper:
         before, early, hold, wait = active, None, None, None
         if strategy is not None:
             before, scores, accepted, early, hold = strategy.decide(scores, accepted)
+        if self.first_alone:
+            alone = first_alone(masked, canvas.step[rows.slots])
+            leading = alone[:, :1]
+            accepted = torch.where(leading, alone, accepted)
+            masked = masked & ~leading
         if inputs.drafted is not None:
             decided = self._verify(
-                inputs.drafted, inputs, rows, masked, logits, scores, accepted, worded
+                inputs.drafted, rows, masked, logits, scores, accepted, worded
             )
             scores, accepted, untouched, wait = decided
             before = torch.where(untouched.unsqueeze(1), active, before)
@@ -229,8 +226,7 @@ class Stepper:
     def _verify(
         self,
         drafted: Drafted,
-        inputs: StepLogits,
-        rows: "DenoisingRows",
+        rows: DenoisingRows,
         masked: torch.Tensor,
         logits: torch.Tensor,
         scores: Scores,
@@ -241,7 +237,6 @@ class Stepper:
 
         Args:
             drafted: the requests concerned.
-            inputs: of the step.
             rows: all requests that denoise.
             masked: bool [requests, block], of all.
             logits: float32 [requests * block, vocab], after biases.
@@ -254,8 +249,8 @@ class Stepper:
         mine, verifier_logits = rows.slots[index], None
         if drafted.logits is not None:
             drafted.logits[:, mask_id] = -torch.inf
-            some = rows.choose(drafted.rows, length)
-            places = inputs.positions.view(-1, length)[index].flatten()
+            some = rows.choose(drafted.rows, rows.start[index], length)
+            places = some.positions(length).view(-1)
             verifier_logits = self.biases.apply(
                 drafted.logits, places, some, drafted.ids, worded, None, False
             )
@@ -274,7 +269,7 @@ class Stepper:
             scores,
             accepted,
             self.canvas.step[rows.slots],
-            inputs.positions,
+            rows.positions(length).view(-1),
             self.sampling_states,
         )
         block, gaps = self.open_blocks(mine)
@@ -297,7 +292,7 @@ class Stepper:
 
     def _close(
         self,
-        rows: "DenoisingRows",
+        rows: DenoisingRows,
         width: torch.Tensor,
         after: torch.Tensor,
         opened: torch.Tensor | None,
@@ -322,23 +317,25 @@ class Stepper:
         return tokens, num_tokens, complete
 
     def _next_blocks(
-        self, rows: "DenoisingRows", strategy: StrategyStep, inputs: StepLogits
+        self, rows: DenoisingRows, strategy: StrategyStep, inputs: StepLogits
     ) -> NextBlocks | None:
         """What follows the open blocks where that is more than masks."""
         opens = self.strategies.opens(rows.slots_np)
         if not opens.any():
             return None
         chosen = np.flatnonzero(opens)
-        following = NextBlocks(self.openings, self.canvas, rows, chosen, strategy.start)
+        following = NextBlocks(self.openings, self.canvas, rows, chosen, rows.start)
         if rows.ahead is not None:
-            assert inputs.ahead is not None and inputs.ahead_positions is not None
+            assert inputs.ahead is not None
+            length, mask_id = self.geometry
             slots_np = rows.slots_np[rows.ahead.rows]
             logits = inputs.ahead.float()
-            logits[:, self.geometry.mask_token_id] = -torch.inf
+            logits[:, mask_id] = -torch.inf
             self.grammars.silence(logits, slots_np)
-            slots = rows.slots[async_tensor_h2d(rows.ahead.rows, device=logits.device)]
+            index = async_tensor_h2d(rows.ahead.rows, device=logits.device)
+            positions = (rows.positions(length)[index] + length).view(-1)
             scores = self.candidates.score(
-                logits, inputs.ahead_positions, slots_np, slots, AHEAD_STEPS
+                logits, positions, slots_np, rows.slots[index], AHEAD_STEPS
             )
             following.unmask(
                 np.searchsorted(chosen, rows.ahead.rows),

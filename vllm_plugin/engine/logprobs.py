@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.rows import DenoisingRows
 
 
 class BlockLogprobs:

@@ -2,7 +2,7 @@
 """ModelState of the block-causal diffusion families."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.decoding.learned import Filter, load_filter
 from vllm_unmask.engine.attention import build_block_causal_metadata, count_final_rows
+from vllm_unmask.engine.carry import Carry
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
+from vllm_unmask.engine.rows import AheadRows, DenoisingRows
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
 from vllm_unmask.engine.speculation import Drafts, Speculating
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
@@ -41,44 +43,6 @@ from vllm_unmask.options import (
     server_options_from_dict,
 )
 from vllm_unmask.seeds import parse_seeds
-
-
-class AheadRows(NamedTuple):
-    """The requests that also read their next block."""
-
-    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of DenoisingRows
-    width: torch.Tensor  # int64 [requests], positions of that block, 0..L
-
-
-class DenoisingRows(NamedTuple):
-    """The requests of a step that denoise, and the logits rows they read."""
-
-    batch_index: np.ndarray[Any, Any]  # int64 [requests] -> row of the batch
-    slots_np: np.ndarray[Any, Any]  # int64 [requests] -> request slot
-    slots: torch.Tensor  # int64 [requests] -> request slot
-    width: torch.Tensor  # int64 [requests], positions of the active block, 0..L
-    num_open: torch.Tensor  # int64 [requests], rows whose KV this step leaves open
-    ahead: AheadRows | None  # None if no request looks ahead
-    speculating: Speculating | None  # None if no request speculates
-
-    def choose(self, index: np.ndarray[Any, Any], length: int) -> "DenoisingRows":
-        """Some of the requests, with a whole block each that nothing comes after.
-
-        Args:
-            index: int64 [n] -> row here.
-            length: positions of a block.
-        """
-        where = async_tensor_h2d(index, device=self.slots.device)
-        width = torch.full_like(where, length)
-        return DenoisingRows(
-            self.batch_index[index],
-            self.slots_np[index],
-            self.slots[where],
-            width,
-            width,
-            None,
-            None,
-        )
 
 
 class BlockDiffusionModelState(ModelState):
@@ -133,6 +97,16 @@ class BlockDiffusionModelState(ModelState):
         )
         if self.drafts.depth:
             attend_in_windows(model)
+        self.first_alone: bool = served["first_alone"]
+        self.carry: Carry | None = None
+        if served["shifted"]:
+            self.carry = model.carry = Carry(
+                self.max_num_reqs,
+                self.geometry.block_length,
+                self.model_config.get_hidden_size(),
+                self.model_config.dtype,
+                device,
+            )
         self.windows: Windows | None = None
         self.causal_kv: bool = served["server"]["causal_kv"]
         self.asynchronous = vllm_config.scheduler_config.async_scheduling
@@ -229,7 +203,12 @@ class BlockDiffusionModelState(ModelState):
         """
         self.denoising = None
         num_drafts = input_batch.num_draft_tokens_per_req
+        prefills = []
+        if self.carry is not None:
+            prefills = [self.carry.read_prefills(input_batch)]
         if num_drafts is None or not num_drafts.any():
+            if prefills and num_drafts is not None:
+                (input_batch.logits_indices,) = prefills
             return {}
         length = self.geometry.block_length
         batch_index = np.flatnonzero(num_drafts)
@@ -262,6 +241,8 @@ class BlockDiffusionModelState(ModelState):
             to_device(lead),
             input_batch.input_ids,
         )
+        first = canvas_len - num_open
+        start = input_batch.positions[query_start] + first
         num_open = num_open + to_device(query_len) - canvas_len
         logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
@@ -273,10 +254,15 @@ class BlockDiffusionModelState(ModelState):
         if windows is not None:
             speculating, rows = self._read_windows(batch_index, windows, input_batch)
             logits_rows.append(rows)
-        if len(logits_rows) > 1:
-            input_batch.logits_indices = torch.cat(logits_rows)
+        if self.carry is not None:
+            fixed = self.states.canvas.num_fixed[slots]
+            logits_rows = self.carry.read_canvases(
+                slots, first, query_start + first, fixed, logits_rows, speculating
+            )
+        if len(logits_rows + prefills) > 1:
+            input_batch.logits_indices = torch.cat(logits_rows + prefills)
         self.denoising = DenoisingRows(
-            batch_index, slots_np, slots, width, num_open, ahead, speculating
+            batch_index, slots_np, slots, width, num_open, start, ahead, speculating
         )
         return {}
 

@@ -14,7 +14,7 @@ from vllm_unmask.engine.states import BlockGeometry
 from vllm_unmask.seeds import Seeds
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.rows import DenoisingRows
 
 
 class Openings:

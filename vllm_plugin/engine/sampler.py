@@ -13,12 +13,12 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_unmask.engine import logprobs
-from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
-from vllm_unmask.engine.strategy_step import block_start
+from vllm_unmask.engine.denoising import Stepped, Stepper
+from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.verification import NUM_WINDOWS, Drafted
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
+    from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
 # Counters of what `Verifier.totals` adds up.
 VERIFIED = (
@@ -98,7 +98,7 @@ class BlockDiffusionSampler:
                 nans = logits[: len(index) * length].isnan()
                 nans = nans.view(len(index), -1).sum(dim=1)
                 num_nans = _place(nans, index, torch.zeros_like(num_rejected))
-            stepped = self._denoise(logits, input_batch, rows)
+            stepped = self._denoise(logits, rows)
             self._count_verified(logits.is_cuda)
             tokens = _place(stepped.tokens, index, tokens)
             num_sampled = _place(stepped.num_tokens, index, num_sampled)
@@ -122,40 +122,28 @@ class BlockDiffusionSampler:
                 self.stepper.grammars.counters.add(name, count)
             totals.zero_()
 
-    def _denoise(
-        self, logits: torch.Tensor, input_batch: InputBatch, rows: "DenoisingRows"
-    ) -> Stepped:
+    def _denoise(self, logits: torch.Tensor, rows: DenoisingRows) -> Stepped:
         """The denoising steps of one forward pass.
 
         Args:
             logits: [rows, vocab]: the open blocks, the next blocks of requests that
                 look ahead, the windows of requests that speculate.
-            input_batch: vLLM's batch.
-            rows: which of its requests denoise.
+            rows: the requests that denoise.
         """
         length = self.geometry.block_length
-        positions = input_batch.positions[input_batch.logits_indices]
-        end = len(rows.slots_np) * length
-        ahead = end
+        end = ahead = len(rows.slots_np) * length
         if rows.ahead is not None:
             ahead += len(rows.ahead.rows) * length
         speculating, drafts = rows.speculating, self.model_state.drafts
         inputs = StepLogits(
-            logits[:end],
-            positions[:end],
-            logits[end:ahead],
-            positions[end:ahead],
-            self._drafted(logits[ahead:], rows),
+            logits[:end], logits[end:ahead], self._drafted(logits[ahead:], rows)
         )
         stepped = self.stepper.step(inputs, rows, drafts.take_closing(rows.slots))
         if speculating is None:
             return stepped
-        start = block_start(rows, inputs.positions.view(-1, length).long())
-        return drafts.follow(
-            self.stepper, speculating, logits[ahead:], rows, start, stepped
-        )
+        return drafts.follow(self.stepper, speculating, logits[ahead:], rows, stepped)
 
-    def _drafted(self, logits: torch.Tensor, rows: "DenoisingRows") -> Drafted | None:
+    def _drafted(self, logits: torch.Tensor, rows: DenoisingRows) -> Drafted | None:
         """What the windows of requests that verify say.
 
         Args:

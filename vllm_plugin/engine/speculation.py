@@ -10,7 +10,7 @@ parameters and the grammar are, as far as a row's logits do not depend on the ba
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_unmask.decoding import drafting
 from vllm_unmask.decoding.drafting import Candidates
 from vllm_unmask.decoding.scoring import Scores
-from vllm_unmask.engine.denoising import StepLogits, Stepped, Stepper
+from vllm_unmask.engine.denoising import Stepped, Stepper
+from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.states import BlockGeometry
 from vllm_unmask.engine.verification import NUM_WINDOWS
 from vllm_unmask.engine.windows import Windows
 from vllm_unmask.options import DecodingOptions
-
-if TYPE_CHECKING:
-    from vllm_unmask.engine.model_state import DenoisingRows
 
 
 class Speculating(NamedTuple):
@@ -172,8 +170,7 @@ class Drafts:
         stepper: Stepper,
         speculating: Speculating,
         logits: torch.Tensor,
-        rows: "DenoisingRows",
-        start: torch.Tensor,
+        rows: DenoisingRows,
         stepped: Stepped,
     ) -> Stepped:
         """Carry out the steps whose logits are there, and draft for the next forward.
@@ -183,7 +180,6 @@ class Drafts:
             speculating: the requests concerned.
             logits: [requests * width * block, vocab], of their windows.
             rows: all requests that denoise.
-            start: int64 [requests that denoise], absolute position of the open blocks.
             stepped: what the step on the canvases has done.
 
         Returns:
@@ -201,7 +197,7 @@ class Drafts:
         if not len(mine):
             return stepped
         where = async_tensor_h2d(index, device=self.device)
-        slots, start = rows.slots[where], start[where]
+        slots, start = rows.slots[where], rows.start[where]
         column = torch.arange(length, device=self.device)
         canvas, counters = stepper.canvas, stepper.grammars.counters
         used = torch.zeros(logits.shape[:2], dtype=torch.bool, device=self.device)
@@ -224,11 +220,8 @@ class Drafts:
             opened = canvas.pending[slots[which]]
             begin = start[which] + torch.where(opened, length, 0)
             later = stepper.step(
-                StepLogits(
-                    logits[which, found[which]].flatten(0, 1),
-                    (begin.unsqueeze(1) + column).view(-1),
-                ),
-                rows.choose(index[chosen], length),
+                StepLogits(logits[which, found[which]].flatten(0, 1)),
+                rows.choose(index[chosen], begin, length),
                 opened=opened,
             )
             stepped = stepped.then(index[chosen], opened, later)

@@ -20,7 +20,7 @@ from vllm_unmask.engine.strategies import SEEDED, Group, Strategies
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.grammar_step import GrammarStep
-    from vllm_unmask.engine.model_state import DenoisingRows
+    from vllm_unmask.engine.rows import DenoisingRows
 
 
 class Outcome(NamedTuple):
@@ -68,7 +68,6 @@ class StrategyStep:
         self.length, self.mask_id = strategies.geometry
         self.positions = positions.view(-1, self.length).long()
         self.rows = rows
-        self.start = block_start(rows, self.positions)
         self.sampling = sampling
         self.first_live = first_live
         self.groups = [(g, self._block(g), strategies.recall(g)) for g in groups]
@@ -77,7 +76,7 @@ class StrategyStep:
     def _block(self, group: Group) -> Block:
         strategies, slots, slots_np = self.strategies, group.slots, group.slots_np
         ids, masked = group.take(self.active), group.take(self.masked)
-        start, width = group.take(self.start), group.take(self.rows.width)
+        start, width = group.take(self.rows.start), group.take(self.rows.width)
         num_fixed = self.canvas.num_fixed[slots]
         column = torch.arange(self.length, device=ids.device)
         output = (column >= num_fixed.unsqueeze(1)) & (column < width.unsqueeze(1))
@@ -213,14 +212,3 @@ class StrategyStep:
         if grammar is not None:
             hold = hold.index_fill(0, grammar.rows(hold.device), False)
         return hold
-
-
-def block_start(rows: "DenoisingRows", positions: torch.Tensor) -> torch.Tensor:
-    """Absolute position of each open block, int64 [requests].
-
-    Args:
-        rows: the requests that denoise.
-        positions: int64 [requests, block], of the logits rows.
-    """
-    # Without a row of its own a block has the row before it.
-    return positions[:, 0] + (rows.width == 0)

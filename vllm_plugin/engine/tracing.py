@@ -19,8 +19,8 @@ from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.grammar import Grammars
-    from vllm_unmask.engine.model_state import DenoisingRows
     from vllm_unmask.engine.openings import NextBlocks
+    from vllm_unmask.engine.rows import DenoisingRows
 
 logger = init_logger("vllm.vllm_unmask.engine.tracing")
 

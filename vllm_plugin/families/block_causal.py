@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 from vllm_unmask.engine import model_state_cls
 
 if TYPE_CHECKING:
+    from vllm_unmask.engine.carry import Carry
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
 # Module of vLLM's -> the modules of a checkpoint that it holds.
@@ -35,6 +36,9 @@ class BlockCausalLM(nn.Module):
     as trainers do.
     """
 
+    # Set by the engine where row i - 1 scores token i.
+    carry: "Carry | None" = None
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         parallel = vllm_config.parallel_config
@@ -49,6 +53,12 @@ class BlockCausalLM(nn.Module):
     @staticmethod
     def get_model_state_cls() -> "type[BlockDiffusionModelState]":
         return model_state_cls()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        if self.carry is not None:
+            hidden_states = self.carry.exchange(hidden_states)
+        logits: torch.Tensor | None = super().compute_logits(hidden_states)
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint.
@@ -107,10 +117,10 @@ class BlockCausalLM(nn.Module):
         if unknown := {name for name in unknown if not name.endswith(_DROPPED)}:
             raise _other_checkpoint(f"has {_some(sorted(unknown))} too many")
         for parameter, names in published.items():
-            if not parameter.endswith("weight"):
+            path, _, kind = parameter.rpartition(".")
+            if not (kind.endswith("weight") or kind == "bias"):
                 continue
-            module = self.get_submodule(parameter.rpartition(".")[0])
-            size = _num_values(module, len(names))
+            size = _num_values(self.get_submodule(path), kind, len(names))
             if size not in (None, sum(found[name] for name in names)):
                 raise _other_checkpoint(f"has other shapes in {_some(names)}")
 
@@ -132,22 +142,24 @@ def published_names(parameter: str, experts: Iterable[int]) -> list[str]:
     return [".".join((*stem, part, kind)) for part in each]
 
 
-def _num_values(module: nn.Module, num_names: int) -> int | None:
+def _num_values(module: nn.Module, kind: str, num_names: int) -> int | None:
     """Values of a layer's weight in the checkpoint; None if vLLM compares shapes.
 
     Args:
+        kind: the parameter, a weight or ``bias``.
         num_names: weights of the checkpoint that form the layer's.
 
     """
     if isinstance(module, RoutedExperts):
         moe = module.moe_config
         return num_names * moe.intermediate_size * moe.hidden_dim_unpadded
-    if isinstance(module, QKVParallelLinear):
-        # Where ranks outnumber the KV heads, vLLM's own sizes count copies.
-        heads = module.total_num_heads + 2 * module.total_num_kv_heads
-        return heads * module.head_size * module.input_size
     if isinstance(module, LinearBase):
-        return module.output_size * module.input_size
+        num_outputs = module.output_size
+        if isinstance(module, QKVParallelLinear):
+            # Where ranks outnumber the KV heads, vLLM's own sizes count copies.
+            heads = module.total_num_heads + 2 * module.total_num_kv_heads
+            num_outputs = heads * module.head_size
+        return num_outputs * (1 if kind == "bias" else module.input_size)
     return None
 
 

@@ -70,6 +70,8 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
+            "shifted": getattr(hf_config, "shifted", False),
+            "first_alone": getattr(hf_config, "first_alone", False),
             "counters": _kept(vllm_config, "counters", _new_counters),
             "traces": _kept(vllm_config, "traces", _new_traces),
             "filter": _filter(vllm_config, options, block_length),

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a denoising step reads: its requests, and the logits rows of each."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+if TYPE_CHECKING:
+    from vllm_unmask.engine.speculation import Speculating
+    from vllm_unmask.engine.verification import Drafted
+
+
+class AheadRows(NamedTuple):
+    """The requests that also read their next block."""
+
+    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of DenoisingRows
+    width: torch.Tensor  # int64 [requests], positions of that block, 0..L
+
+
+class DenoisingRows(NamedTuple):
+    """The requests of a step that denoise, and the logits rows they read."""
+
+    batch_index: np.ndarray[Any, Any]  # int64 [requests] -> row of the batch
+    slots_np: np.ndarray[Any, Any]  # int64 [requests] -> request slot
+    slots: torch.Tensor  # int64 [requests] -> request slot
+    width: torch.Tensor  # int64 [requests], positions of the active block, 0..L
+    num_open: torch.Tensor  # int64 [requests], rows whose KV this step leaves open
+    start: torch.Tensor  # int64 [requests], absolute position of the active block
+    ahead: AheadRows | None  # None if no request looks ahead
+    speculating: "Speculating | None"  # None if no request speculates
+
+    def choose(
+        self, index: np.ndarray[Any, Any], start: torch.Tensor, length: int
+    ) -> "DenoisingRows":
+        """Some of the requests, with a whole block each that nothing comes after.
+
+        Args:
+            index: int64 [n] -> row here.
+            start: int64 [n], absolute position of their blocks.
+            length: positions of a block.
+        """
+        where = async_tensor_h2d(index, device=self.slots.device)
+        width = torch.full_like(where, length)
+        return DenoisingRows(
+            self.batch_index[index],
+            self.slots_np[index],
+            self.slots[where],
+            width,
+            width,
+            start,
+            None,
+            None,
+        )
+
+    def positions(self, length: int) -> torch.Tensor:
+        """Absolute positions of the active blocks, int64 [requests, block]."""
+        column = torch.arange(length, device=self.start.device)
+        return self.start.unsqueeze(1) + column
+
+
+class StepLogits(NamedTuple):
+    """Logits that a step reads."""
+
+    logits: torch.Tensor  # [requests * block, vocab], the open blocks
+    # [requests that look ahead * block, vocab], their next blocks.
+    ahead: torch.Tensor | None = None
+    drafted: "Drafted | None" = None  # of requests that verify
