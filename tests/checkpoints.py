@@ -150,6 +150,43 @@ def llada2_config(block_size: int = 4, **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
+def fast_dllm_v2_config(bd_size: int = 4, **overrides: Any) -> dict[str, Any]:
+    """The keys of a Fast-dLLM v2 ``config.json``, tiny, with a mask token."""
+    config = {
+        "architectures": ["Fast_dLLM_QwenForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
+            "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
+        },
+        "model_type": "Fast_dLLM_Qwen",
+        "attention_dropout": 0.0,
+        "bd_size": bd_size,
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "layer_types": ["full_attention"] * 2,
+        "max_position_embeddings": 1024,
+        "max_window_layers": 2,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": VOCAB,
+    }
+    config.update(overrides)
+    return {key: value for key, value in config.items() if value is not ...}
+
+
 def llada_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
     """The published keys of a LLaDA ``config.json``, tiny.
 
@@ -280,18 +317,28 @@ class _Draw:
         }
 
     def attention(self, config: dict[str, Any], prefix: str) -> Weights:
-        """The attention of Qwen3."""
-        hidden, dim = config["hidden_size"], config["head_dim"]
-        query, key = (
-            config[f"num_{kind}_heads"] * dim for kind in ("attention", "key_value")
-        )
-        return {
-            f"{prefix}self_attn.q_proj.weight": self.matrix(query, hidden),
-            f"{prefix}self_attn.k_proj.weight": self.matrix(key, hidden),
-            f"{prefix}self_attn.v_proj.weight": self.matrix(key, hidden),
-            f"{prefix}self_attn.o_proj.weight": self.matrix(hidden, query),
-            f"{prefix}self_attn.q_norm.weight": self.norm(dim),
-            f"{prefix}self_attn.k_norm.weight": self.norm(dim),
+        """The attention of Qwen3, or that of Qwen2, which has biases."""
+        hidden = config["hidden_size"]
+        heads = config["num_attention_heads"]
+        dim = config.get("head_dim", hidden // heads)
+        query, key = heads * dim, config["num_key_value_heads"] * dim
+        prefix = f"{prefix}self_attn."
+        weights = {
+            f"{prefix}q_proj.weight": self.matrix(query, hidden),
+            f"{prefix}k_proj.weight": self.matrix(key, hidden),
+            f"{prefix}v_proj.weight": self.matrix(key, hidden),
+            f"{prefix}o_proj.weight": self.matrix(hidden, query),
+        }
+        if "head_dim" not in config:
+            # As large as what they are added to.
+            return weights | {
+                f"{prefix}q_proj.bias": 5 * self.matrix(query),
+                f"{prefix}k_proj.bias": 5 * self.matrix(key),
+                f"{prefix}v_proj.bias": 5 * self.matrix(key),
+            }
+        return weights | {
+            f"{prefix}q_norm.weight": self.norm(dim),
+            f"{prefix}k_norm.weight": self.norm(dim),
         }
 
     def mlp(self, hidden: int, inner: int, prefix: str) -> Weights:
@@ -319,8 +366,8 @@ class _Draw:
         }
 
 
-def qwen3_weights(config: dict[str, Any], seed: int) -> Weights:
-    """Seeded random weights under Qwen3's and SDAR's published names, MoE or dense."""
+def qwen_weights(config: dict[str, Any], seed: int) -> Weights:
+    """Seeded random weights under Qwen2's and Qwen3's names, MoE or dense."""
     draw = _Draw(seed)
     weights = draw.ends(config, "embed_tokens")
     for layer in range(config["num_hidden_layers"]):
@@ -403,7 +450,7 @@ def llada_moe_weights(config: dict[str, Any], seed: int) -> Weights:
         "intermediate_size": config["dense_intermediate_size"],
         "moe_intermediate_size": config["expert_intermediate_size"],
     }
-    return qwen3_weights(config | renamed, seed)
+    return qwen_weights(config | renamed, seed)
 
 
 WEIGHTS = {
@@ -416,7 +463,7 @@ WEIGHTS = {
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Weights:
     """Write ``config.json`` and ``model.safetensors``; returns the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = WEIGHTS.get(config["architectures"][0], qwen3_weights)(config, seed)
+    weights = WEIGHTS.get(config["architectures"][0], qwen_weights)(config, seed)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return weights

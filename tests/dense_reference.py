@@ -61,6 +61,9 @@ def gated_mlp(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
 
 
+# (masked columns, confidence [block], candidates, step, masks of the new block) ->
+# columns to unmask.
+Choose = Callable[..., list[int]]
 FeedForward = Callable[[dict[str, Any], Weights, str, torch.Tensor], torch.Tensor]
 
 
@@ -77,14 +80,14 @@ def dense_logits(
     mask: torch.Tensor,
     feed_forward: FeedForward = _dense_feed_forward,
 ) -> torch.Tensor:
-    """Logits [sequence, vocab] of a Qwen3 network under an explicit mask.
+    """Logits [sequence, vocab] of a Qwen3 or Qwen2 network under an explicit mask.
 
     Args:
         feed_forward: (config, weights, name of the layer's ``mlp``, input) -> output.
     """
     eps, theta = config["rms_norm_eps"], config["rope_theta"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    dim = config["head_dim"]
+    dim = config.get("head_dim", config["hidden_size"] // heads)
     n = len(ids)
     x = weights["model.embed_tokens.weight"][torch.tensor(ids)]
     for layer in range(config["num_hidden_layers"]):
@@ -93,11 +96,18 @@ def dense_logits(
             return weights[f"model.layers.{layer}.{name}.weight"]
 
         h = rms_norm(x, get("input_layernorm"), eps)
-        q = (h @ get("self_attn.q_proj").T).view(n, heads, dim).transpose(0, 1)
-        k = (h @ get("self_attn.k_proj").T).view(n, kv_heads, dim).transpose(0, 1)
-        v = (h @ get("self_attn.v_proj").T).view(n, kv_heads, dim).transpose(0, 1)
-        q = rotate(rms_norm(q, get("self_attn.q_norm"), eps), theta)
-        k = rotate(rms_norm(k, get("self_attn.k_norm"), eps), theta)
+        prefix = f"model.layers.{layer}.self_attn"
+        q, k, v = (
+            (h @ get(f"self_attn.{name}_proj").T)
+            .add(weights.get(f"{prefix}.{name}_proj.bias", 0))
+            .view(n, count, dim)
+            .transpose(0, 1)
+            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        if f"{prefix}.q_norm.weight" in weights:
+            q = rms_norm(q, get("self_attn.q_norm"), eps)
+            k = rms_norm(k, get("self_attn.k_norm"), eps)
+        q, k = rotate(q, theta), rotate(k, theta)
         x = x + attend(q, k, v, mask) @ get("self_attn.o_proj").T
         h = rms_norm(x, get("post_attention_layernorm"), eps)
         x = x + feed_forward(config, weights, f"model.layers.{layer}.mlp", h)
@@ -111,7 +121,7 @@ def decode(
     max_tokens: int,
     *,
     block: int,
-    choose: Callable[[list[int], torch.Tensor, list[int], int, int], list[int]],
+    choose: Choose,
     max_model_len: int = 1 << 30,
     stop: frozenset[int] = frozenset(),
     logits_of: Callable[..., torch.Tensor] = dense_logits,
@@ -119,9 +129,9 @@ def decode(
     """Greedy decoding, block by block, one whole-sequence forward a step.
 
     Args:
-        choose: (masked columns, confidence [block], candidates, step, masks when
-            the block was opened) -> columns to unmask.
-        logits_of: (config, weights, ids, mask) -> logits [sequence, vocab].
+        choose: the rule.
+        logits_of: (config, weights, ids, mask) -> logits [sequence, vocab], row i of
+            position i.
 
     Returns:
         The output tokens and the number of denoising forwards.
@@ -207,6 +217,18 @@ def decode_full(
                 ids[start + column] = int(candidate[column])
             forwards += 1
     return ids[len(prompt) :][:max_tokens], forwards
+
+
+def first_alone(choose: Choose) -> Choose:
+    """The first position of a block before anything else of it (Fast-dLLM v2)."""
+
+    def choose_first(masked: list[int], *args: Any, **options: Any) -> list[int]:
+        step = args[2]
+        if masked[0] == 0 and step == 0:
+            return [0]
+        return choose(masked, *args, **options)
+
+    return choose_first
 
 
 def choose_static(

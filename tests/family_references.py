@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from checkpoints import (
+    fast_dllm_v2_config,
     llada2_config,
     llada_config,
     llada_moe_config,
@@ -18,11 +19,13 @@ from checkpoints import (
     sdar_moe_config,
 )
 from dense_reference import (
+    Choose,
     Weights,
     attend,
     decode,
     decode_full,
     dense_logits,
+    first_alone,
     gated_mlp,
     rms_norm,
     rotate,
@@ -161,11 +164,24 @@ def _llada_moe_feed_forward(
     return _mixture(weights, name, x, route)
 
 
+def shifted_logits(*args: Any) -> torch.Tensor:
+    """Logits [sequence, vocab] of Fast-dLLM v2: row i - 1 of the network scores i."""
+    logits = dense_logits(*args)
+    return torch.cat((logits[:1], logits[:-1]))
+
+
+def _as_it_is(choose: Choose) -> Choose:
+    return choose
+
+
 class Reference(NamedTuple):
     """What a test needs to know of a family."""
 
     config: Callable[..., Config]  # (block size, **overrides) -> config.json
-    logits: Callable[..., torch.Tensor]  # (config, weights, ids, mask)
+    # (config, weights, ids, mask) -> row i of position i
+    logits: Callable[..., torch.Tensor]
+    order: Callable[[Choose], Choose] = _as_it_is  # what it does with every rule
+    shifted: bool = False
     # (config, weights, prompt, max_tokens, **options) -> output tokens, forwards
     decode: Callable[..., tuple[list[int], int]] = decode
 
@@ -176,10 +192,13 @@ REFERENCES = {
         sdar_moe_config, partial(dense_logits, feed_forward=_sdar_moe_feed_forward)
     ),
     "LLaDA2MoeModelLM": Reference(llada2_config, llada2_logits),
-    "LLaDAModelLM": Reference(llada_config, llada_logits, decode_full),
+    "Fast_dLLM_QwenForCausalLM": Reference(
+        fast_dllm_v2_config, shifted_logits, first_alone, shifted=True
+    ),
+    "LLaDAModelLM": Reference(llada_config, llada_logits, decode=decode_full),
     "LLaDAMoEModelLM": Reference(
         llada_moe_config,
         partial(dense_logits, feed_forward=_llada_moe_feed_forward),
-        decode_full,
+        decode=decode_full,
     ),
 }

@@ -68,7 +68,7 @@ def agrees(
             prompt,
             budget,
             block=block,
-            choose=choose,
+            choose=reference.order(choose),
             max_model_len=context,
             logits_of=reference.logits,
         )

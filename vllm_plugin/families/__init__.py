@@ -55,6 +55,19 @@ FAMILIES: tuple[Family, ...] = (
         "insertions and deletions are not served",
     ),
     Family(
+        "Fast_dLLM_QwenForCausalLM",
+        "Fast_dLLM_Qwen",
+        "vllm_unmask.families.fast_dllm_v2:FastDLLMConfig",
+        "vllm_unmask.families.fast_dllm_v2:FastDLLMForCausalLM",
+        checkpoints="Fast_dLLM_v2 1.5B, 7B",
+        presets=("fast_dllm_v2", "s2d2_fast_dllm_v2", "s2d2_fast_dllm_v2_32"),
+        exact="logits, KV and prefix cache, as of the whole sequence in one forward; a "
+        "block's first token comes alone, as published, but by the request's "
+        "temperature",
+        approximate="nothing; the release's config.json was not seen; its sub-block "
+        "cache is not there",
+    ),
+    Family(
         "LLaDAModelLM",
         "llada",
         "vllm_unmask.families.llada:LLaDAConfig",
