@@ -187,6 +187,27 @@ def fast_dllm_v2_config(bd_size: int = 4, **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
+def dream_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
+    """The keys of a Dream ``config.json``, tiny. The published one has no block size.
+
+    It says that the model is not causal, which must not make an encoder of it.
+    """
+    dream = {
+        "architectures": ["DreamModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_dream.DreamConfig",
+            "AutoModel": "modeling_dream.DreamModel",
+        },
+        "model_type": "Dream",
+        "bd_size": ...,
+        "block_size": block_size,
+        "is_causal": False,
+        "layer_types": ...,
+        "use_cache": False,
+    }
+    return fast_dllm_v2_config(**(dream | overrides))
+
+
 def llada_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
     """The published keys of a LLaDA ``config.json``, tiny.
 

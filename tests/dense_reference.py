@@ -175,11 +175,10 @@ def decode_full(
     max_tokens: int,
     *,
     block: int,
-    choose: Callable[[list[int], torch.Tensor, list[int], int, int], list[int]],
+    choose: Choose,
     max_model_len: int = 1 << 30,
     window: int = 1 << 30,
     logits_of: Callable[..., torch.Tensor],
-    shifted: bool = False,
 ) -> tuple[list[int], int]:
     """Greedy decoding where every position sees every other one (LLaDA, Dream).
 
@@ -189,8 +188,7 @@ def decode_full(
         choose: as for ``decode``.
         max_model_len: positions of prompt and canvas at most.
         window: positions from the open block on that are forwarded.
-        logits_of: (config, weights, ids, mask) -> logits [sequence, vocab].
-        shifted: whether row ``i - 1`` scores token ``i``.
+        logits_of: as for ``decode``.
 
     Returns:
         The output tokens and the number of forwards.
@@ -209,7 +207,7 @@ def decode_full(
             seen = ids[: start + -(-window // block) * block]
             everything = torch.ones((len(seen), len(seen)), dtype=torch.bool)
             logits = logits_of(config, weights, seen, everything)
-            logits = logits[start - shifted : end - shifted]
+            logits = logits[start:end]
             logits[:, mask_id] = -torch.inf
             confidence, candidate = logits.softmax(-1).max(-1)
             columns = choose(masked, confidence, candidate.tolist(), step, end - start)

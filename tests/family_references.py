@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from checkpoints import (
+    dream_config,
     fast_dllm_v2_config,
     llada2_config,
     llada_config,
@@ -165,7 +166,7 @@ def _llada_moe_feed_forward(
 
 
 def shifted_logits(*args: Any) -> torch.Tensor:
-    """Logits [sequence, vocab] of Fast-dLLM v2: row i - 1 of the network scores i."""
+    """Logits [sequence, vocab] where row i - 1 of a Qwen2 network scores token i."""
     logits = dense_logits(*args)
     return torch.cat((logits[:1], logits[:-1]))
 
@@ -200,5 +201,8 @@ REFERENCES = {
         llada_moe_config,
         partial(dense_logits, feed_forward=_llada_moe_feed_forward),
         decode=decode_full,
+    ),
+    "DreamModel": Reference(
+        dream_config, shifted_logits, shifted=True, decode=decode_full
     ),
 }

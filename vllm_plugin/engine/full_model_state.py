@@ -19,7 +19,8 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.decoding.canvas import active_ids
 from vllm_unmask.engine.full_scheduler import refresh_period
-from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
+from vllm_unmask.engine.model_state import BlockDiffusionModelState
+from vllm_unmask.engine.rows import DenoisingRows
 from vllm_unmask.options import admitted_options
 
 
@@ -53,7 +54,6 @@ class FullAttentionModelState(BlockDiffusionModelState):
         # open block's first; int64 on the device.
         self.period = torch.ones(self.max_num_reqs, dtype=torch.int64, device=device)
         self.num_steps = torch.zeros_like(self.period)
-        self.block_start = torch.zeros(0, dtype=torch.int64, device=device)
         self.queries: Queries | None = None
 
     def num_fixed(self, num_tokens: int, num_prompt: int) -> int:
@@ -130,6 +130,8 @@ class FullAttentionModelState(BlockDiffusionModelState):
     ) -> dict[str, Any]:
         """Write known tokens, open blocks and masks; choose the open blocks' rows."""
         self.denoising = None
+        if self.carry is not None:
+            self.carry.read_prefills(input_batch)
         if self.queries is None:
             return {}
         length, mask_id = self.geometry
@@ -141,7 +143,8 @@ class FullAttentionModelState(BlockDiffusionModelState):
         positions = input_batch.positions[:num_tokens].long()
         query = torch.repeat_interleave(query_len, output_size=num_tokens)
         row = torch.arange(num_tokens, device=self.device)
-        column = row - (end - num_open)[query]
+        open_row = end - num_open
+        column = row - open_row[query]
         known = req_states.all_token_ids.gpu[slots[query], positions]
         opened = active_ids(self.states.gather(slots))
         ids = opened[query, column.clamp(0, length - 1)]
@@ -150,18 +153,24 @@ class FullAttentionModelState(BlockDiffusionModelState):
         input_batch.input_ids[:num_tokens] = ids
         if self.openings.seeds:
             self._write_seeds(input_batch)
-        self.block_start = positions[end - num_open]
+        start = positions[open_row]
 
         columns = torch.arange(length, device=self.device)
-        rows = (end - num_open).unsqueeze(1) + columns
-        rows = torch.minimum(rows, end.unsqueeze(1) - 1)
-        input_batch.logits_indices = rows.view(-1)
+        rows = torch.minimum(open_row.unsqueeze(1) + columns, end.unsqueeze(1) - 1)
+        logits_rows = [rows.view(-1)]
+        if self.carry is not None:
+            none = torch.zeros_like(open_row)
+            logits_rows = self.carry.read_canvases(
+                slots, query_len - num_open, open_row, none, logits_rows, None
+            )
+        (input_batch.logits_indices,) = logits_rows
         self.denoising = DenoisingRows(
             np.arange(len(slots)),
             input_batch.idx_mapping_np,
             slots,
             num_open.clamp(max=length),
             num_open,
+            start,
             None,
             None,
         )
@@ -192,4 +201,4 @@ class FullAttentionModelState(BlockDiffusionModelState):
         num_steps = torch.where(complete, 0, self.num_steps[rows.slots] + 1)
         self.num_steps[rows.slots] = num_steps
         full = num_steps % self.period[rows.slots] == 0
-        return rows.num_open + torch.where(full, self.block_start, 0)
+        return rows.num_open + torch.where(full, rows.start, 0)

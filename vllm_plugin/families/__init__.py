@@ -91,6 +91,19 @@ FAMILIES: tuple[Family, ...] = (
         "`window`; the release's config.json was not seen",
         attention="full",
     ),
+    Family(
+        "DreamModel",
+        "Dream",
+        "vllm_unmask.families.dream:DreamConfig",
+        "vllm_unmask.families.dream:DreamModel",
+        checkpoints="Dream-v0 7B (Base, Instruct), Dream-Coder 7B, DiffuCoder 7B",
+        presets=("fast_dllm", "dream_entropy", "dream_margin", "klass_dream"),
+        exact="logits, as of prompt and canvas in one forward, with cache=none",
+        approximate="cache=prefix and cache=dual, as in Fast-dLLM; what lies beyond "
+        "`window`; steps are counted in blocks, not over the whole canvas; the "
+        "release's config.json was not seen",
+        attention="full",
+    ),
 )
 
 

@@ -54,7 +54,7 @@ def _refuse_options(options: ServerOptions) -> None:
     because = "as in this model every position sees every other one"
     if options.layout == "uniform":
         raise refused(
-            "layout", options.layout, "auto or exact", f"has no use, {because}"
+            "layout", options.layout, "auto or exact", f"is not possible, {because}"
         )
     if options.causal_kv:
         raise refused("causal_kv", True, "false", f"is not possible, {because}")
