@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import engine_calls
+import family_calls
 import pytest
 import torch
 from cached_reference import decode_cached
@@ -63,6 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         max_model_len=CONTEXT,
         # Two long canvases do not fit a step.
         max_num_batched_tokens=CONTEXT,
+        disable_log_stats=False,
         additional_config={"unmask": {"strategy": "static", "window": 0}},
     ) as engine:
         yield Served(engine, config, weights)
@@ -119,11 +121,15 @@ def test_rows_that_a_step_forwards(served: Served) -> None:
     prompt = prompts()[3]
     end = len(prompt) + 24
     for cache, rest in (("none", end), ("dual", BLOCK), ("prefix", None)):
+        before = served.engine.run(family_calls.diffusion_counters)
         _, records = served.engine.run(
             engine_calls.generate_recorded,
             [prompt],
             greedy(STATIC | {"unmask_cache": cache}),
         )
+        after = served.engine.run(family_calls.diffusion_counters)
+        assert after[0] - before[0] == len(records)
+        assert after[1] - before[1] == sum(record["rows"] for record in records)
         for step, record in enumerate(records):
             behind = end - len(record["prefix"]) if rest is None else rest
             assert record["rows"] == (behind if step % BLOCK else end)

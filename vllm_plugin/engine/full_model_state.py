@@ -29,7 +29,6 @@ class Queries(NamedTuple):
 
     first: np.ndarray[Any, Any]  # row of the batch where the query begins
     length: np.ndarray[Any, Any]
-    open: np.ndarray[Any, Any]  # rows of it from the open block on
     beyond: np.ndarray[Any, Any]  # canvas positions behind it, read from the cache
 
 
@@ -110,8 +109,7 @@ class FullAttentionModelState(BlockDiffusionModelState):
 
     def _locate(self, batch: InputBatch) -> Queries | None:
         """The queries of a batch; None of one that vLLM made up."""
-        num_drafts = batch.num_draft_tokens_per_req
-        if num_drafts is None:
+        if batch.num_draft_tokens_per_req is None:
             return None
         length = batch.num_scheduled_tokens.astype(np.int64)
         start = batch.num_computed_tokens_np
@@ -121,7 +119,6 @@ class FullAttentionModelState(BlockDiffusionModelState):
         return Queries(
             batch.query_start_loc_np[: len(length)].astype(np.int64),
             length,
-            num_drafts.astype(np.int64),
             self.canvas_end[slots] - start - length,
         )
 
@@ -136,15 +133,16 @@ class FullAttentionModelState(BlockDiffusionModelState):
             return {}
         length, mask_id = self.geometry
         to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
-        first, query_len, num_open = (to_device(x) for x in self.queries[:3])
-        slots = input_batch.idx_mapping
-        end = first + query_len
+        first, query_len = to_device(self.queries.first), to_device(self.queries.length)
+        slots, end = input_batch.idx_mapping, first + query_len
         num_tokens = input_batch.num_tokens
         positions = input_batch.positions[:num_tokens].long()
+        # Reported tokens are whole blocks, so the open one lies behind the known ones.
+        start = req_states.total_len.gpu[slots].long()
+        open_row = first + start - positions[first]
+        num_open = end - open_row
         query = torch.repeat_interleave(query_len, output_size=num_tokens)
-        row = torch.arange(num_tokens, device=self.device)
-        open_row = end - num_open
-        column = row - open_row[query]
+        column = torch.arange(num_tokens, device=self.device) - open_row[query]
         known = req_states.all_token_ids.gpu[slots[query], positions]
         opened = active_ids(self.states.gather(slots))
         ids = opened[query, column.clamp(0, length - 1)]
@@ -152,8 +150,7 @@ class FullAttentionModelState(BlockDiffusionModelState):
         ids = torch.where(column < 0, known, ids)
         input_batch.input_ids[:num_tokens] = ids
         if self.openings.seeds:
-            self._write_seeds(input_batch)
-        start = positions[open_row]
+            self._write_seeds(input_batch, start)
 
         columns = torch.arange(length, device=self.device)
         rows = torch.minimum(open_row.unsqueeze(1) + columns, end.unsqueeze(1) - 1)
@@ -161,7 +158,7 @@ class FullAttentionModelState(BlockDiffusionModelState):
         if self.carry is not None:
             none = torch.zeros_like(open_row)
             logits_rows = self.carry.read_canvases(
-                slots, query_len - num_open, open_row, none, logits_rows, None
+                slots, open_row - first, open_row, none, logits_rows, None
             )
         (input_batch.logits_indices,) = logits_rows
         self.denoising = DenoisingRows(
@@ -176,23 +173,24 @@ class FullAttentionModelState(BlockDiffusionModelState):
         )
         return {}
 
-    def _write_seeds(self, batch: InputBatch) -> None:
-        """Put the seeds of later blocks where they are seen already."""
+    def _write_seeds(self, batch: InputBatch, start: torch.Tensor) -> None:
+        """Put the seeds of later blocks where they are seen already.
+
+        Args:
+            batch: vLLM's.
+            start: int64 [requests], absolute position of the open blocks.
+        """
         assert self.queries is not None
-        starts = batch.num_computed_tokens_np + self.queries.length - self.queries.open
-        for slot, start, (first, length, num_open, _) in zip(
-            batch.idx_mapping_np.tolist(),
-            starts.tolist(),
-            zip(*self.queries, strict=True),
-            strict=True,
-        ):
-            behind = num_open - self.geometry.block_length
-            if slot in self.openings.seeds and behind > 0:
-                seeds, _, num_prompt = self.openings.seeds[slot]
-                seeds = seeds[start + self.geometry.block_length - num_prompt :]
-                row = first + length - behind
-                rows = batch.input_ids[row : row + min(behind, len(seeds))]
-                rows.copy_(seeds[: len(rows)])
+        for index, slot in enumerate(batch.idx_mapping_np.tolist()):
+            if slot not in self.openings.seeds:
+                continue
+            seeds, _, num_prompt = self.openings.seeds[slot]
+            behind = int(start[index]) + self.geometry.block_length
+            seeds = seeds[behind - num_prompt :]
+            end = int(self.queries.first[index] + self.queries.length[index])
+            num_behind = int(batch.positions[end - 1]) + 1 - behind
+            rows = batch.input_ids[end - max(num_behind, 0) : end]
+            rows[: len(seeds)] = seeds[: len(rows)]
 
     def num_rolled_back(
         self, rows: DenoisingRows, complete: torch.Tensor

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
 from vllm_unmask.options import DecodingOptions
@@ -87,10 +88,14 @@ class FullAttentionScheduler(BlockDiffusionScheduler):
         req_id = request.request_id
         return self.plans[req_id].query(request.num_tokens, self.num_steps[req_id])
 
+    def _drafts(self, request: Request) -> list[int]:
+        """The open block alone: vLLM keeps room for a block's drafts, not a canvas'."""
+        _, end = self._query(request)
+        return [-1] * min(self.block_length, end - request.num_tokens)
+
     def _plan_canvas(self, request: Request) -> None:
-        start, end = self._query(request)
-        request.num_computed_tokens = start
-        request.spec_token_ids = [-1] * (end - request.num_tokens)
+        request.num_computed_tokens, _ = self._query(request)
+        request.spec_token_ids = self._drafts(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.room = self.max_num_scheduled_tokens
@@ -105,7 +110,7 @@ class FullAttentionScheduler(BlockDiffusionScheduler):
     ) -> int:
         """Rows of the whole query; 0 leaves the request for a later step.
 
-        More than vLLM asks for where a request begins: it counts known tokens alone.
+        Mostly more than vLLM asks for: it knows nothing of the masks behind the block.
         """
         start, end = self._query(request)
         if end - start > self.room:
@@ -114,11 +119,10 @@ class FullAttentionScheduler(BlockDiffusionScheduler):
         return end - start
 
     def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
-        """Say which rows of a request that begins are canvas."""
+        """Every request has its canvas from its first step on."""
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        for req_id, num_rows in scheduler_output.num_scheduled_tokens.items():
-            if req_id not in drafts:
-                drafts[req_id] = [-1] * (num_rows - self.requests[req_id].num_tokens)
+        for req_id in scheduler_output.num_scheduled_tokens.keys() - drafts.keys():
+            drafts[req_id] = self._drafts(self.requests[req_id])
 
     def update_from_output(
         self,
@@ -131,6 +135,28 @@ class FullAttentionScheduler(BlockDiffusionScheduler):
             reported = bool(sampled and sampled[row])
             self.num_steps[req_id] = 0 if reported else self.num_steps[req_id] + 1
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        # vLLM also counts by position, as many as it thinks a request can have.
+        rows = self.num_forwarded[request_id]
+        self.num_forwarded[request_id] = counted = min(rows, self.num_spec_tokens)
+        stats = super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )
+        if stats is not None:
+            stats.num_draft_tokens += rows - counted
+        return stats
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.num_steps[request.request_id] = 0
