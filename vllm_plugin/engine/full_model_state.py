@@ -119,7 +119,7 @@ class FullAttentionModelState(BlockDiffusionModelState):
         return Queries(
             batch.query_start_loc_np[: len(length)].astype(np.int64),
             length,
-            self.canvas_end[slots] - start - length,
+            np.maximum(self.canvas_end[slots] - start - length, 0),
         )
 
     def prepare_inputs(
@@ -165,7 +165,7 @@ class FullAttentionModelState(BlockDiffusionModelState):
             np.arange(len(slots)),
             input_batch.idx_mapping_np,
             slots,
-            num_open.clamp(max=length),
+            num_open.clamp(0, length),
             num_open,
             start,
             None,
