@@ -214,8 +214,9 @@ def test_refused_requests(served: Served, extra: dict[str, Any], said: str) -> N
 
 
 def test_prompt_without_room_is_refused(served: Served) -> None:
-    with pytest.raises(RuntimeError, match=f"maximum.*{CONTEXT}"):
-        served.generate([[1] * (CONTEXT + 1)], greedy(STATIC))
+    for length in (CONTEXT, CONTEXT + 1):
+        with pytest.raises(RuntimeError, match=f"maximum.*{CONTEXT}"):
+            served.generate([[1] * length], greedy(STATIC))
 
 
 def test_what_a_batch_of_features_gives_alone(served: Served) -> None:
