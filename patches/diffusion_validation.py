@@ -12,11 +12,11 @@ from vllm_unmask.options import (
     OptionError,
     parse_request_options,
     require_candidates_fit,
-    require_filter,
     server_options_from_dict,
 )
 from vllm_unmask.patches import Guard, Patch, Replacement
 from vllm_unmask.patches.served import served_record
+from vllm_unmask.requirements import require_attention_fit, require_filter
 from vllm_unmask.seeds import PINNED_KEY, SEED_KEY, Seeds, parse_seeds
 
 # Parameters that change nothing at these values and are not honoured at others.
@@ -83,6 +83,7 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
             extra_args, server.decoding, record["block_length"]
         )
         require_filter(options, record["filter"], REQUEST_PREFIX)
+        require_attention_fit(options, record["attention"], REQUEST_PREFIX)
         require_candidates_fit(server, options, REQUEST_PREFIX)
         seeds = parse_seeds(
             extra_args,

@@ -187,6 +187,134 @@ def fast_dllm_v2_config(bd_size: int = 4, **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
+def dream_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
+    """The keys of a Dream ``config.json``, tiny. The published one has no block size.
+
+    It says that the model is not causal, which must not make an encoder of it.
+    """
+    dream = {
+        "architectures": ["DreamModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_dream.DreamConfig",
+            "AutoModel": "modeling_dream.DreamModel",
+        },
+        "model_type": "Dream",
+        "bd_size": ...,
+        "block_size": block_size,
+        "is_causal": False,
+        "layer_types": ...,
+        "use_cache": False,
+    }
+    return fast_dllm_v2_config(**(dream | overrides))
+
+
+def llada_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
+    """The published keys of a LLaDA ``config.json``, tiny.
+
+    OLMo's names. The published file has no block size.
+    """
+    config = {
+        "architectures": ["LLaDAModelLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_llada.LLaDAConfig",
+            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        },
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "alibi_bias_max": 8.0,
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "block_group_size": 1,
+        "block_size": block_size,
+        "block_type": "llama",
+        "d_model": 128,
+        "embedding_dropout": 0.0,
+        "embedding_size": VOCAB,
+        "eos_token_id": EOS,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "init_device": "meta",
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "mask_token_id": MASK,
+        "max_sequence_length": 1024,
+        "mlp_hidden_size": 96,
+        "mlp_ratio": 4,
+        "multi_query_attention": None,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "n_layers": 2,
+        "pad_token_id": EOS,
+        "residual_dropout": 0.0,
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 10000.0,
+        "scale_logits": False,
+        "use_cache": False,
+        "vocab_size": VOCAB,
+        "weight_tying": False,
+        "torch_dtype": "float32",
+    }
+    config.update(overrides)
+    if "vocab_size" in overrides:
+        config["embedding_size"] = overrides.get("embedding_size", config["vocab_size"])
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+def llada_moe_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
+    """The keys of a LLaDA-MoE ``config.json``, tiny.
+
+    It asks for normalised weights of the experts, which the network does not have.
+    The first layer is dense.
+    """
+    config = {
+        "architectures": ["LLaDAMoEModelLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+            "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+        },
+        "model_type": "llada",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_size": block_size,
+        "clip_qkv": None,
+        "dense_intermediate_size": 128,
+        "eos_token_id": EOS,
+        "expert_intermediate_size": 32,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 96,
+        "mask_token_id": MASK,
+        "max_position_embeddings": 1024,
+        "moe_layer_freq": [0, 1, 1],
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "pad_token_id": EOS,
+        "partial_rotary_factor": 1,
+        "qk_layernorm": True,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "routed_scaling_factor": 2.5,
+        "shared_expert_intermediate_size": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": False,
+        "vocab_size": VOCAB,
+    }
+    config.update(overrides)
+    return {key: value for key, value in config.items() if value is not ...}
+
+
 class _Draw:
     """Seeded random tensors."""
 
@@ -306,13 +434,57 @@ def llada2_weights(config: dict[str, Any], seed: int) -> Weights:
     return weights
 
 
-WEIGHTS = {"llada2_moe": llada2_weights}
+def llada_weights(config: dict[str, Any], seed: int) -> Weights:
+    """Seeded random weights under LLaDA's published names."""
+    draw = _Draw(seed)
+    hidden, inner = config["d_model"], config["mlp_hidden_size"]
+    key = hidden * (config["n_kv_heads"] or config["n_heads"]) // config["n_heads"]
+    vocab, root = config["embedding_size"], "model.transformer"
+    weights = {
+        f"{root}.wte.weight": 4 * draw.matrix(vocab, hidden),
+        f"{root}.ln_f.weight": draw.norm(hidden),
+        f"{root}.ff_out.weight": 3 * draw.matrix(vocab, hidden),
+    }
+    shapes = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "attn_out": (hidden, hidden),
+        "ff_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "ff_out": (hidden, inner),
+    }
+    for layer in range(config["n_layers"]):
+        prefix = f"{root}.blocks.{layer}"
+        for name, shape in shapes.items():
+            weights[f"{prefix}.{name}.weight"] = draw.matrix(*shape)
+        for name in ("attn_norm", "ff_norm"):
+            weights[f"{prefix}.{name}.weight"] = draw.norm(hidden)
+    return weights
+
+
+def llada_moe_weights(config: dict[str, Any], seed: int) -> Weights:
+    """Seeded random weights of LLaDA-MoE, under Qwen3-MoE's names."""
+    dense = [i for i, is_moe in enumerate(config["moe_layer_freq"]) if not is_moe]
+    renamed = {
+        "mlp_only_layers": dense,
+        "intermediate_size": config["dense_intermediate_size"],
+        "moe_intermediate_size": config["expert_intermediate_size"],
+    }
+    return qwen_weights(config | renamed, seed)
+
+
+WEIGHTS = {
+    "LLaDA2MoeModelLM": llada2_weights,
+    "LLaDAModelLM": llada_weights,
+    "LLaDAMoEModelLM": llada_moe_weights,
+}
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Weights:
     """Write ``config.json`` and ``model.safetensors``; returns the weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = WEIGHTS.get(config["model_type"], qwen_weights)(config, seed)
+    weights = WEIGHTS.get(config["architectures"][0], qwen_weights)(config, seed)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return weights

@@ -17,11 +17,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    # x: [heads, sequence, dim]
+def rotate(x: torch.Tensor, theta: float, first: int = 0) -> torch.Tensor:
+    # x: [heads, sequence, dim], of the positions from `first` on
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
+    positions = first + torch.arange(x.shape[1], dtype=torch.float64)
+    angle = positions[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
@@ -39,12 +40,12 @@ def attend(
     """Grouped-query attention under an explicit mask.
 
     Args:
-        q: [heads, sequence, dim].
-        k, v: [kv heads, sequence, dim].
-        mask: bool [sequence, sequence].
+        q: [heads, queries, dim].
+        k, v: [kv heads, keys, dim].
+        mask: bool [queries, keys].
 
     Returns:
-        [sequence, heads * dim].
+        [queries, heads * dim].
     """
     k, v = (t.repeat_interleave(len(q) // len(k), dim=0) for t in (k, v))
     scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
@@ -165,6 +166,55 @@ def decode(
                 return output, forwards
         if end >= max_model_len:
             return output, forwards
+
+
+def decode_full(
+    config: dict[str, Any],
+    weights: Weights,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    block: int,
+    choose: Choose,
+    max_model_len: int = 1 << 30,
+    window: int = 1 << 30,
+    logits_of: Callable[..., torch.Tensor],
+) -> tuple[list[int], int]:
+    """Greedy decoding where every position sees every other one (LLaDA, Dream).
+
+    Blocks from the end of the prompt; each step forwards prompt and canvas.
+
+    Args:
+        choose: as for ``decode``.
+        max_model_len: positions of prompt and canvas at most.
+        window: positions from the open block on that are forwarded.
+        logits_of: as for ``decode``.
+
+    Returns:
+        The output tokens and the number of forwards.
+    """
+    mask_id = config["mask_token_id"]
+    blocks = -(-max_tokens // block)
+    ids = prompt + [mask_id] * (blocks * block)
+    ids = ids[:max_model_len]
+    forwards = 0
+    for start in range(len(prompt), len(ids), block):
+        end = min(start + block, len(ids))
+        for step in range(block):
+            masked = [i - start for i in range(start, end) if ids[i] == mask_id]
+            if not masked:
+                break
+            seen = ids[: start + -(-window // block) * block]
+            everything = torch.ones((len(seen), len(seen)), dtype=torch.bool)
+            logits = logits_of(config, weights, seen, everything)
+            logits = logits[start:end]
+            logits[:, mask_id] = -torch.inf
+            confidence, candidate = logits.softmax(-1).max(-1)
+            columns = choose(masked, confidence, candidate.tolist(), step, end - start)
+            for column in columns:
+                ids[start + column] = int(candidate[column])
+            forwards += 1
+    return ids[len(prompt) :][:max_tokens], forwards
 
 
 def first_alone(choose: Choose) -> Choose:

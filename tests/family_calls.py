@@ -53,3 +53,12 @@ def loading_error(
 def trusts_remote_code(llm: Any) -> bool:
     """Whether the engine was allowed to run a checkpoint's own code."""
     return bool(engine_calls.model_runner(llm).model_config.trust_remote_code)
+
+
+def diffusion_counters(llm: Any) -> tuple[int, int]:
+    """vLLM's counts of denoising steps and of the rows that they forwarded."""
+    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    return (
+        values["vllm:diffusion_num_denoising_steps"],
+        values["vllm:diffusion_num_canvas_positions"],
+    )

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from checkpoints import (
+    dream_config,
     fast_dllm_v2_config,
     llada2_config,
+    llada_config,
+    llada_moe_config,
     sdar_config,
     sdar_moe_config,
 )
@@ -20,6 +23,8 @@ from dense_reference import (
     Choose,
     Weights,
     attend,
+    decode,
+    decode_full,
     dense_logits,
     first_alone,
     gated_mlp,
@@ -118,8 +123,50 @@ def llada2_logits(
     return rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
+def llada_logits(
+    config: Config, weights: Weights, ids: list[int], mask: torch.Tensor
+) -> torch.Tensor:
+    """Logits [sequence, ids] of LLaDA under an explicit mask."""
+    eps, theta = config["rms_norm_eps"], config["rope_theta"]
+    heads = config["n_heads"]
+    x = weights["model.transformer.wte.weight"][torch.tensor(ids)]
+
+    def split(t: torch.Tensor) -> torch.Tensor:
+        return t.view(len(ids), heads, -1).transpose(0, 1)
+
+    for layer in range(config["n_layers"]):
+
+        def get(part: str, layer: int = layer) -> torch.Tensor:
+            return weights[f"model.transformer.blocks.{layer}.{part}.weight"]
+
+        h = rms_norm(x, get("attn_norm"), eps)
+        q, k = (rotate(split(h @ get(f"{n}_proj").T), theta) for n in "qk")
+        v = split(h @ get("v_proj").T)
+        x = x + attend(q, k, v, mask) @ get("attn_out").T
+        h = rms_norm(x, get("ff_norm"), eps)
+        gate = torch.nn.functional.silu(h @ get("ff_proj").T)
+        x = x + (gate * (h @ get("up_proj").T)) @ get("ff_out").T
+    x = rms_norm(x, weights["model.transformer.ln_f.weight"], eps)
+    return (x @ weights["model.transformer.ff_out.weight"].T)[:, : config["vocab_size"]]
+
+
+def _llada_moe_feed_forward(
+    config: Config, weights: Weights, name: str, x: torch.Tensor
+) -> torch.Tensor:
+    """The likeliest few experts, each by its share of all."""
+    if not config["moe_layer_freq"][int(name.split(".")[2])]:
+        return gated_mlp(weights, name, x)
+
+    def route(logits: torch.Tensor) -> dict[int, float]:
+        probability = logits.softmax(-1).tolist()
+        best = sorted(range(len(probability)), key=lambda e: -probability[e])
+        return {e: probability[e] for e in best[: config["num_experts_per_tok"]]}
+
+    return _mixture(weights, name, x, route)
+
+
 def shifted_logits(*args: Any) -> torch.Tensor:
-    """Logits [sequence, vocab] of Fast-dLLM v2: row i - 1 of the network scores i."""
+    """Logits [sequence, vocab] where row i - 1 of a Qwen2 network scores token i."""
     logits = dense_logits(*args)
     return torch.cat((logits[:1], logits[:-1]))
 
@@ -136,6 +183,8 @@ class Reference(NamedTuple):
     logits: Callable[..., torch.Tensor]
     order: Callable[[Choose], Choose] = _as_it_is  # what it does with every rule
     shifted: bool = False
+    # (config, weights, prompt, max_tokens, **options) -> output tokens, forwards
+    decode: Callable[..., tuple[list[int], int]] = decode
 
 
 REFERENCES = {
@@ -146,5 +195,14 @@ REFERENCES = {
     "LLaDA2MoeModelLM": Reference(llada2_config, llada2_logits),
     "Fast_dLLM_QwenForCausalLM": Reference(
         fast_dllm_v2_config, shifted_logits, first_alone, shifted=True
+    ),
+    "LLaDAModelLM": Reference(llada_config, llada_logits, decode=decode_full),
+    "LLaDAMoEModelLM": Reference(
+        llada_moe_config,
+        partial(dense_logits, feed_forward=_llada_moe_feed_forward),
+        decode=decode_full,
+    ),
+    "DreamModel": Reference(
+        dream_config, shifted_logits, shifted=True, decode=decode_full
     ),
 }

@@ -172,6 +172,11 @@ def test_checkpoint_that_is_served(
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     code, found = checkpoint(capsys, tmp_path)
     assert (code, found["refused"]) == (0, None)
+    full = family.attention == "full"
+    assert found.pop("attention").startswith("full: " if full else "block-causal: ")
+    approximate = ["prefix (approximate)", "dual (approximate)"]
+    exact = ["none (exact)", *approximate] if full else ["exact"]
+    assert found.pop("cache") == exact
     assert found == {
         "folder": str(tmp_path),
         "refused": None,

@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folder -> parts of the package that it may import, besides itself.
 ARROWS = {
     "registration": {"families", "patches", "options", "limits"},
-    "families": {"engine", "options", "limits"},
+    "families": {"engine", "options", "requirements", "limits"},
     "engine": {"decoding", "grammar", "kernels", "options", "seeds", "limits"},
     "decoding": {"kernels"},
     "grammar": set(),
     "kernels": set(),
-    "patches": {"grammar", "options", "seeds", "limits"},
+    "patches": {"grammar", "options", "requirements", "seeds", "limits"},
     "options": {"request_options", "presets", "limits"},
     "request_options": {"presets", "limits"},
+    "requirements": {"request_options", "limits"},
     "request_params": {"options", "request_options", "limits"},
     "presets": set(),
     "trace_format": set(),

@@ -21,12 +21,12 @@ from vllm_unmask.options import (
     decoding_limits,
     parse_request_options,
     parse_server_options,
-    require_filter,
     require_steps_fit,
     server_limits,
     server_options_from_dict,
     server_options_to_dict,
 )
+from vllm_unmask.requirements import require_attention_fit, require_filter
 
 DEFAULTS = DecodingOptions()
 STATIC = DecodingOptions(strategy="static")
@@ -323,3 +323,25 @@ def test_sampling_params_leaves_to_the_server_what_it_decides() -> None:
     """Whether a threshold applies depends on the server's default strategy."""
     assert sampling_params(threshold=0.5).extra_args == {"unmask_threshold": 0.5}
     assert sampling_params(steps=10**6).extra_args == {"unmask_steps": 10**6}
+
+
+def test_options_of_full_attention() -> None:
+    """They are kept beside another strategy, and refused where there is no use."""
+    server = DecodingOptions(strategy="static", cache="dual", window=64)
+    named = parse_request_options({"unmask_strategy": "threshold"}, server, 8)
+    assert (named.cache, named.window) == ("dual", 64)
+    assert (DEFAULTS.value("cache"), DEFAULTS.value("window")) == ("none", 512)
+    require_attention_fit(named, "full")
+    require_attention_fit(DEFAULTS, "block_causal")
+    with pytest.raises(OptionError, match="unmask_cache='dual' has no effect"):
+        require_attention_fit(named, "block_causal", "unmask_")
+    with pytest.raises(OptionError, match="unmask_refresh=4 has no effect .*cache=non"):
+        parse_request_options({"unmask_refresh": 4}, DEFAULTS, 8)
+
+
+@pytest.mark.parametrize("strategy", ["lookahead", "freedave", "threshold+s2d2"])
+def test_what_needs_a_final_cache_is_not_for_full_attention(strategy: str) -> None:
+    options = DecodingOptions(strategy=strategy)
+    require_attention_fit(options, "block_causal")
+    with pytest.raises(OptionError, match="strategy=.*every position sees every other"):
+        require_attention_fit(options, "full")

@@ -256,6 +256,7 @@ OURS = SimpleNamespace(
             "server": server_options_to_dict(
                 ServerOptions(decoding=DecodingOptions(steps=4))
             ),
+            "attention": "block_causal",
             "block_length": 8,
             "mask_token_id": 3,
             "vocab_size": 100,

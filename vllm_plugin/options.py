@@ -28,7 +28,7 @@ GRAMMAR_KEY = "unmask grammar"
 
 
 # What a request that names a strategy keeps of the server's options.
-_KEPT = ("trace",)
+_KEPT = ("trace", "cache", "refresh", "window")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def overlaid(
                     f"it only beside {limits[name].condition}",
                     f"has no effect with strategy={options.strategy}, "
                     f"order={options.value('order')}, "
-                    f"step_sizes={options.value('step_sizes')}",
+                    f"step_sizes={options.value('step_sizes')}, "
+                    f"cache={options.value('cache')}",
                 )
     if block_length is not None:
         require_steps_fit(options, block_length, prefix)
@@ -179,25 +180,6 @@ def require_steps_fit(
                 value,
                 f"an integer from 1 to {block_length}, the block length",
             )
-
-
-def require_filter(
-    options: DecodingOptions, path: str | None, prefix: str = ""
-) -> None:
-    """Check that the strategy `learned` has its filter.
-
-    Raises:
-        OptionError: it has none.
-
-    """
-    if "learned" in options.fillers and path is None:
-        raise refused(
-            prefix + "strategy",
-            options.strategy,
-            "a filter: the server option `filter`, or unmask/filter.safetensors beside "
-            "the checkpoint (see the README on training one)",
-            "asks a trained filter, which this server does not have",
-        )
 
 
 def require_candidates_fit(

@@ -318,6 +318,29 @@ class DecodingOptions:
         "with diffusion_seed_canvas: a seeded token less probable than this is masked",
         **_PROBABILITY,
     )
+    cache: str | None = _of_strategy(
+        "choice",
+        "keys and values that a step takes from the block's first one: none (exact), "
+        "those before the block (prefix), all but the block's (dual)",
+        choices=("none", "prefix", "dual"),
+        condition="a model with full attention",
+    )
+    refresh: int | None = _of_strategy(
+        "int",
+        "steps of a block from one that forwards the whole canvas to the next such; "
+        "unset: only the first one does",
+        low=1,
+        optional=True,
+        applies=lambda options: options.value("cache") != "none",
+        condition="a model with full attention, and cache other than none",
+    )
+    window: int | None = _of_strategy(
+        "int",
+        "positions from the open block on that a step sees, in whole blocks; 0: all of "
+        "max_tokens",
+        low=0,
+        condition="a model with full attention",
+    )
     trace: bool = option(
         False,
         Limits(
@@ -359,6 +382,8 @@ _DEFAULTS = {
     "order": "confidence",
     "confidence_from": "transformed",
     "doubt": 0.0,
+    "cache": "none",
+    "window": 512,
 }
 
 

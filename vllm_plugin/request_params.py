@@ -82,6 +82,9 @@ def sampling_params(
     exploration: float | None = None,
     tempering: float | None = None,
     doubt: float | None = None,
+    cache: Literal["none", "prefix", "dual"] | None = None,
+    refresh: int | None = None,
+    window: int | None = None,
     trace: bool | None = None,
     **kwargs: Any,
 ) -> "SamplingParams":

@@ -11,13 +11,14 @@ from typing import Any
 
 import engine_calls
 import pytest
+from cached_reference import as_llada, decode_cached
 from checkpoints import EOS, write_checkpoint
 from conformance.test_exactness_sweep import choose_scheduled, random_engine
-from dense_reference import choose_threshold, decode
+from dense_reference import choose_threshold
 from engine_process import EngineProcess
 from family_references import REFERENCES
 
-from vllm_unmask.families import FAMILIES
+from vllm_unmask.families import FAMILIES, family_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -62,7 +63,7 @@ def agrees(
             ],
         )
     for (prompt, budget, extra, choose), output in zip(requests, outputs, strict=True):
-        expected, _ = decode(
+        expected, _ = reference.decode(
             config,
             weights,
             prompt,
@@ -82,6 +83,11 @@ def test_random_engine_equals_dense_decoding(
 ) -> None:
     seed = BLOCKS.index(block)
     settings = random_engine(random.Random(seed), block)
+    if family_of(architecture).attention == "full":
+        settings["async_scheduling"] = False
+        settings["additional_config"] = {"unmask": {"window": 0}}
+        budget = settings["max_num_batched_tokens"]
+        settings["max_num_batched_tokens"] = max(settings["max_model_len"], budget)
     agrees(architecture, tmp_path, block, seed, **settings)
 
 
@@ -113,3 +119,48 @@ def test_compiled_model_equals_dense_decoding(
         block_size=32,
         enforce_eager=False,
     )
+
+
+@pytest.mark.parametrize("block", [1, 5, 32])
+@pytest.mark.parametrize("architecture", ["LLaDAModelLM", "DreamModel"])
+def test_caches_equal_those_in_plain_torch(
+    architecture: str, block: int, tmp_path: Path
+) -> None:
+    """Every policy, refreshed or not, and the carried row of shifted logits."""
+    rng = random.Random(block)
+    reference = REFERENCES[architecture]
+    config = reference.config(block)
+    weights = write_checkpoint(tmp_path, config, block)
+    plain, renamed = config, weights
+    if reference.shifted:
+        plain, renamed = as_llada(config, weights)
+    params, prompts, expected = [], [], []
+    for cache in ("prefix", "dual"):
+        for refresh in (None, 2, 3, 7):
+            threshold, budget = rng.choice([0.3, 0.5]), rng.randint(20, 80)
+            prompts.append([rng.randrange(EOS) for _ in range(rng.randrange(1, 60))])
+            asked = {"unmask_cache": cache, "unmask_window": 0}
+            asked |= {"unmask_threshold": threshold, "unmask_refresh": refresh}
+            params.append(
+                {
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "max_tokens": budget,
+                    "extra_args": asked,
+                }
+            )
+            output, _ = decode_cached(
+                plain,
+                renamed,
+                prompts[-1],
+                budget,
+                block=block,
+                choose=partial(choose_threshold, threshold=threshold),
+                dual=cache == "dual",
+                refresh=refresh or block,
+                shifted=reference.shifted,
+            )
+            expected.append(output)
+    with EngineProcess(model=str(tmp_path), block_size=32) as engine:
+        outputs = engine.run(engine_calls.generate, prompts, params)
+    assert [output["tokens"] for output in outputs] == expected

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB, sdar_config
+from checkpoints import VOCAB, llada_config, sdar_config
 from e2e.server import VLLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -25,9 +25,13 @@ results = {}
 for name, settings in json.load(open(sys.argv[1])).items():
     try:
         config = EngineArgs(
-            **settings, skip_tokenizer_init=True, dtype="float32"
+            **{"max_num_seqs": 8} | settings, skip_tokenizer_init=True, dtype="float32"
         ).create_engine_config()
-        results[name] = {"block_size": config.cache_config.block_size}
+        results[name] = {
+            "block_size": config.cache_config.block_size,
+            "context": config.model_config.max_model_len,
+            "prefix_caching": config.cache_config.enable_prefix_caching,
+        }
     except Exception as error:
         results[name] = {"error": str(error)}
 json.dump(results, open(sys.argv[2], "w"))
@@ -137,6 +141,38 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"enable_chunked_prefill": False, "max_num_batched_tokens": 512},
         ["--no-enable-chunked-prefill", "remove it"],
     ),
+    "cache policy without full attention": (
+        ours(cache="dual"),
+        ["cache='dual' has no effect", "a model with full attention"],
+    ),
+    "speculation with full attention": (
+        ours(strategy="freedave") | {"model": "full"},
+        ["strategy='freedave'", "every position sees every other one"],
+    ),
+    "candidates with full attention": (
+        ours(max_candidates=4) | {"model": "full"},
+        ["max_candidates=4 is not possible", "expected 1"],
+    ),
+    "layout with full attention": (
+        ours(layout="uniform") | {"model": "full"},
+        ["layout='uniform' is not possible", "auto or exact"],
+    ),
+    "causal cache with full attention": (
+        ours(causal_kv=True) | {"model": "full"},
+        ["causal_kv=True is not possible", "expected false"],
+    ),
+    "asynchronous scheduling with full attention": (
+        {"model": "full", "async_scheduling": True},
+        ["--async-scheduling is not supported", "remove it"],
+    ),
+    "prompts in parts with full attention": (
+        {"model": "full", "long_prefill_token_threshold": 64},
+        ["--long-prefill-token-threshold 64", "remove it"],
+    ),
+    "context that one forward does not hold": (
+        {"model": "full", "max_model_len": 256, "max_num_batched_tokens": 128},
+        ["--max-model-len 256", "--max-num-batched-tokens 128"],
+    ),
 }
 # The same settings with the remedy applied: what refuses is not something else.
 ACCEPTED: dict[str, dict[str, Any]] = {
@@ -147,6 +183,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mask id absent": ours(mask_token_id=0) | {"model": "mask absent"},
     "defaults of requests": ours(strategy="static", steps=4, order="margin"),
     "block length 24": ours(block_length=24),
+    "full attention": ours(cache="dual", refresh=8, window=0) | {"model": "full"},
+    "context of full attention": {
+        "model": "full",
+        "max_model_len": None,
+        "max_num_batched_tokens": 128,
+    },
 }
 
 
@@ -159,6 +201,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "block 300": sdar_config(300),
         "mask null": sdar_config(4, mask_token_id=None),
         "mask absent": sdar_config(4, mask_token_id=...),
+        "full": llada_config(4),
     }.items():
         paths[name] = tmp_path_factory.mktemp("checkpoint")
         (paths[name] / "config.json").write_text(json.dumps(config))
@@ -198,6 +241,10 @@ def test_accepted(results: dict[str, dict[str, Any]], case: str) -> None:
     if case == "block length 24":
         # Nobody asked for a page size: one is chosen that holds whole blocks.
         assert result["block_size"] % 24 == 0
+    if case == "context of full attention":
+        # Prompt and canvas are forwarded in one step.
+        assert result["context"] == 128
+    assert result["prefix_caching"] != (case.endswith("full attention"))
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,7 @@ def canvas() -> Canvas:
 def test_seeds_lie_behind_the_prompt() -> None:
     openings, state = Openings(8, GEOMETRY, CPU), canvas()
     state.ids[3, :2] = torch.tensor([1, 2])
+    state.num_fixed[3] = 2
     seeds = Seeds((9, 5, 6, 9, 7), (False, True, False, False, False))
     openings.add_request(3, "a", seeds, False, 6, 6, state)
     assert state.ids[3].tolist() == [1, 2, 9, 5, 6, 9, 7, 9]
@@ -135,6 +136,7 @@ def test_seeds_lie_behind_the_prompt() -> None:
 
 def test_a_preempted_request_goes_on_from_what_it_had_unmasked_ahead() -> None:
     openings, state = Openings(2, GEOMETRY, CPU), canvas()
+    state.num_fixed[3] = 2
     openings.add_request(3, "a", None, True, 6, 6, state)
     state.pending[3] = True
     openings.keep(torch.tensor([3]), torch.tensor([[5, 9, 9, 6]]), state.pending)

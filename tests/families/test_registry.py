@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import llada2_config, sdar_moe_config
+from checkpoints import (
+    llada2_config,
+    llada_config,
+    llada_moe_config,
+    sdar_moe_config,
+)
 from family_references import REFERENCES
 
-from vllm_unmask.families import FAMILIES, Family
+from vllm_unmask.families import FAMILIES, Family, family_of
 from vllm_unmask.presets import PRESETS
 
 PAGE = Path(__file__).parents[2] / "vllm_plugin" / "families" / "README.md"
@@ -74,15 +79,19 @@ def test_the_release_stands_in_for_missing_keys(family: Family) -> None:
     )
     config = config_class(family)(**published)
     expected = {
-        "sdar": (4, 151669, None),
-        "sdar_moe": (4, 151669, None),
-        "llada2_moe": (32, 156895, 156892),
-        "Fast_dLLM_Qwen": (32, 151665, 151645),
-    }[family.model_type]
+        "SDARForCausalLM": (4, 151669, None, 128),
+        "SDARMoeForCausalLM": (4, 151669, None, 128),
+        "LLaDA2MoeModelLM": (32, 156895, 156892, 128),
+        # Qwen2 has no head size of its own.
+        "Fast_dLLM_QwenForCausalLM": (32, 151665, 151645, None),
+        # Its heads share the hidden size, and that is in the file.
+        "LLaDAModelLM": (32, 126336, 126081, 32),
+        "LLaDAMoEModelLM": (32, 156895, 156892, 128),
+        "DreamModel": (32, 151666, 151643, None),
+    }[family.architecture]
     found = config.block_size, config.mask_token_id, config.eos_token_id
-    assert found == expected
+    assert (*found, getattr(config, "head_dim", None)) == expected
     assert config.canvas_length == config.block_size
-    assert getattr(config, "head_dim", 128) == 128
 
 
 def test_sdar_moe_normalises_the_experts_weights() -> None:
@@ -137,3 +146,39 @@ def test_llada2_rotates_half_of_the_channels(keys: dict[str, Any]) -> None:
         "rope_theta": 10000.0,
         "partial_rotary_factor": 0.5,
     }
+
+
+def test_llada_is_written_in_names_of_its_own() -> None:
+    cls = config_class(family_of("LLaDAModelLM"))
+    config = cls(**llada_config(n_kv_heads=None, embedding_size=192))
+    assert (config.hidden_size, config.num_hidden_layers) == (128, 2)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 4)
+    assert (config.intermediate_size, config.max_position_embeddings) == (96, 1024)
+    assert (config.vocab_size, config.num_ids) == (192, 160)
+    release = cls()
+    assert (release.hidden_size, release.vocab_size) == (4096, 126464)
+
+
+def test_llada_moe_does_not_normalise_the_experts_weights() -> None:
+    cls = config_class(family_of("LLaDAMoEModelLM"))
+    config = cls(**llada_moe_config())
+    assert not config.norm_topk_prob
+    assert config.mlp_only_layers == [0]
+    assert (config.intermediate_size, config.moe_intermediate_size) == (128, 32)
+    assert cls(**llada_moe_config(moe_layer_freq=1)).mlp_only_layers == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        llada_config(block_type="sequential"),
+        llada_config(include_bias=True),
+        llada_config(activation_type="gelu"),
+        llada_moe_config(shared_expert_intermediate_size=64),
+        llada_moe_config(moe_router_enable_expert_bias=True),
+        llada_moe_config(qk_layernorm=False),
+    ],
+)
+def test_llada_refuses_another_network(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="in config.json is not LLaDA's network"):
+        config_class(family_of(config["architectures"][0]))(**config)

@@ -7,12 +7,15 @@ if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
 
-def model_state_cls() -> "type[BlockDiffusionModelState]":
-    """The ModelState of the block-causal families, for ``get_model_state_cls``.
+def model_state_cls(full_attention: bool = False) -> "type[BlockDiffusionModelState]":
+    """The ModelState of the families, for ``get_model_state_cls``.
 
     Only Model Runner V2 asks for it, in the worker and before the first kernel
     launch. Nothing here may be imported earlier: on CPU, vLLM's worker replaces
     device helpers that the runner's modules import by name.
+
+    Args:
+        full_attention: whether every position of the model sees every other one.
     """
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
@@ -22,6 +25,10 @@ def model_state_cls() -> "type[BlockDiffusionModelState]":
 
         register_cpu_kernels()
 
+    if full_attention:
+        from vllm_unmask.engine.full_model_state import FullAttentionModelState
+
+        return FullAttentionModelState
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
     return BlockDiffusionModelState

@@ -7,6 +7,7 @@ length that ends with its block. KV of the whole batch is written before
 attention reads it, so each row sees its block in full and everything before it.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,3 +119,27 @@ def build_block_causal_metadata(
         for of_layer in metadata.values():
             setattr(of_layer, ATTRIBUTE, behind_canvas)
     return metadata
+
+
+def count_final_rows(
+    batch: InputBatch, pending: torch.Tensor, length: int, asynchronous: bool
+) -> torch.Tensor:
+    """Leading rows of each query whose KV a step makes final, int64 [requests].
+
+    Args:
+        batch: vLLM's.
+        pending: bool [slots], whether a complete block awaits its final forward.
+        length: positions of a block.
+        asynchronous: whether a step was in flight when this one was scheduled.
+    """
+    num_reqs, device = batch.num_reqs, batch.seq_lens.device
+    to_device = partial(async_tensor_h2d, device=device, dtype=torch.int64)
+    query_len = batch.num_scheduled_tokens[:num_reqs]
+    num_drafts = batch.num_draft_tokens_per_req
+    if num_drafts is None:
+        return to_device(query_len)
+    known = query_len - num_drafts
+    lead = np.zeros_like(known) if asynchronous else known // length * length
+    slots = to_device(batch.idx_mapping_np[:num_reqs])
+    final = torch.where(pending[slots], length, to_device(lead))
+    return torch.where(to_device(num_drafts) > 0, final, to_device(query_len))

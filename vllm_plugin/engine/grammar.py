@@ -93,8 +93,8 @@ class Grammars:
         slot: int,
         req_id: str,
         record: Mapping[str, Any] | None,
-        token_ids: list[int],
-        num_prompt: int,
+        output_ids: list[int],
+        num_fixed: int,
     ) -> None:
         """Take over a slot.
 
@@ -102,8 +102,8 @@ class Grammars:
             slot: the request slot.
             req_id: vLLM's name of the request.
             record: what the front end admitted, None without a grammar.
-            token_ids: prompt, and after a preemption the output so far.
-            num_prompt: tokens of the prompt.
+            output_ids: after a preemption the output so far.
+            num_fixed: known tokens that the open block begins with.
         """
         self.requests.pop(slot, None)
         if record is None:
@@ -114,8 +114,6 @@ class Grammars:
             loading = self._threads.submit(self._load, record)
         if self.wait:
             loading.exception()
-        num_fixed = len(token_ids) % self.geometry.block_length
-        output_ids = token_ids[num_prompt:]
         self.requests[slot] = GrammarRequest(
             req_id, loading, record, num_fixed, output_ids
         )

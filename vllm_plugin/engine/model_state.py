@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.decoding.learned import Filter, load_filter
-from vllm_unmask.engine.attention import build_block_causal_metadata
+from vllm_unmask.engine.attention import build_block_causal_metadata, count_final_rows
 from vllm_unmask.engine.carry import Carry
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
@@ -134,7 +134,10 @@ class BlockDiffusionModelState(ModelState):
         seeds = parse_seeds(
             extra_args, self.vocab_size, self.geometry.mask_token_id, None
         )
-        self.states.add_request(req_index, token_ids, options)
+        num_fixed = self.num_fixed(len(token_ids), num_prompt)
+        self.states.add_request(
+            req_index, token_ids[len(token_ids) - num_fixed :], options
+        )
         req_id = new_req_data.req_id
         self.strategies.add_request(
             req_index, req_id, options, params, num_prompt, seeds
@@ -152,7 +155,24 @@ class BlockDiffusionModelState(ModelState):
             len(token_ids),
             self.states.canvas,
         )
-        self.grammars.add_request(req_index, req_id, record, token_ids, num_prompt)
+        self.grammars.add_request(
+            req_index, req_id, record, token_ids[num_prompt:], num_fixed
+        )
+
+    def num_fixed(self, num_tokens: int, num_prompt: int) -> int:
+        """Known tokens that lie in the open block, of a grid from position 0."""
+        return num_tokens % self.geometry.block_length
+
+    def num_rolled_back(
+        self, rows: DenoisingRows, complete: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows of each query that the next one forwards again, or masks at its end.
+
+        Args:
+            rows: the requests of a step.
+            complete: bool [requests], blocks that the step has completed.
+        """
+        return rows.num_open
 
     def remove_request(self, req_id: str) -> None:
         self.grammars.remove_request(req_id)
@@ -297,7 +317,15 @@ class BlockDiffusionModelState(ModelState):
         self.windows = self.drafts.locate(
             input_batch, self.states.canvas.pending, self.asynchronous
         )
-        metadata = build_block_causal_metadata(
+        num_final = None
+        if self.causal_kv:
+            num_final = count_final_rows(
+                input_batch,
+                self.states.canvas.pending,
+                self.geometry.block_length,
+                self.asynchronous,
+            )
+        return build_block_causal_metadata(
             input_batch,
             block_tables,
             slot_mappings,
@@ -305,21 +333,5 @@ class BlockDiffusionModelState(ModelState):
             kv_cache_config,
             self.geometry.block_length,
             self.windows,
-            self._num_final(input_batch) if self.causal_kv else None,
+            num_final,
         )
-        return metadata
-
-    def _num_final(self, input_batch: InputBatch) -> torch.Tensor:
-        """Leading rows of each query whose KV this step makes final, int64."""
-        num_reqs, length = input_batch.num_reqs, self.geometry.block_length
-        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
-        query_len = input_batch.num_scheduled_tokens[:num_reqs]
-        num_drafts = input_batch.num_draft_tokens_per_req
-        if num_drafts is None:
-            return to_device(query_len)
-        known = query_len - num_drafts
-        lead = np.zeros_like(known) if self.asynchronous else known // length * length
-        slots = to_device(input_batch.idx_mapping_np[:num_reqs])
-        pending = self.states.canvas.pending[slots]
-        final = torch.where(pending, length, to_device(lead))
-        return torch.where(to_device(num_drafts) > 0, final, to_device(query_len))

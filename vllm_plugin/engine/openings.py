@@ -74,8 +74,8 @@ class Openings:
         if seeds is None and not ahead:
             return
         length, mask_id = self.geometry
-        start = num_tokens // length * length
-        num_fixed = num_tokens - start
+        num_fixed = int(canvas.num_fixed[slot])
+        start = num_tokens - num_fixed
         starts = torch.tensor([start, start + length], device=self.device)
         seeded, _ = self.seeded(np.array([slot, slot]), starts)
         ids = seeded.view(-1)

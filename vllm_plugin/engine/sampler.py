@@ -104,7 +104,8 @@ class BlockDiffusionSampler:
             self._count_verified(logits.is_cuda)
             tokens = _place(stepped.tokens, index, tokens)
             num_sampled = _place(stepped.num_tokens, index, num_sampled)
-            num_rejected = _place(rows.num_open, index, num_rejected)
+            rolled_back = self.model_state.num_rolled_back(rows, stepped.complete)
+            num_rejected = _place(rolled_back, index, num_rejected)
             tensors = logprobs.concatenate(stepped.logprobs, num_reqs)
         return SamplerOutput(
             sampled_token_ids=tokens,

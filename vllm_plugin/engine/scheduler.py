@@ -33,7 +33,11 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_unmask.engine.depth import WindowPlan
 from vllm_unmask.engine.metrics import Watch
 from vllm_unmask.engine.tracing import TRACE_KEY, VERSION, forget_trace, read_trace
-from vllm_unmask.options import admitted_options, server_options_from_dict
+from vllm_unmask.options import (
+    DecodingOptions,
+    admitted_options,
+    server_options_from_dict,
+)
 
 
 class BlockDiffusionScheduler(Scheduler):
@@ -110,12 +114,16 @@ class BlockDiffusionScheduler(Scheduler):
         options = admitted_options(
             params and params.extra_args, self.default_options, self.block_length
         )
+        self._admit(request, options)
+        super().add_request(request)
+
+    def _admit(self, request: Request, options: DecodingOptions) -> None:
+        """Note what the options of a request ask of the scheduler."""
         if "lookahead" in options.fillers:
             self.looking_ahead.add(request.request_id)
         self.windows.add(request.request_id, options)
         if options.trace:
             self.traced[request.request_id] = (request, options.strategy)
-        super().add_request(request)
 
     def _plan_canvas(self, request: Request) -> None:
         start = self._first_open_position(request)
@@ -335,14 +343,3 @@ class BlockDiffusionAsyncScheduler(BlockDiffusionScheduler, AsyncScheduler):
 
     def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
         """Not: the next step is planned before it is known what became of a block."""
-
-
-def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
-    """The scheduler for the engine's mode, which is decided after our config hook."""
-    config = kwargs["vllm_config"].scheduler_config
-    cls = (
-        BlockDiffusionAsyncScheduler
-        if config.async_scheduling
-        else BlockDiffusionScheduler
-    )
-    return cls(*args, **kwargs)

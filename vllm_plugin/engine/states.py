@@ -95,18 +95,15 @@ class CanvasStates:
         # What a denoising step does around the forward pass.
         self.ops = _canvas_kernels() if device.type == "cpu" else blocks
 
-    def add_request(
-        self, slot: int, token_ids: list[int], options: DecodingOptions
-    ) -> None:
-        """Open the block that ``token_ids`` end in.
+    def add_request(self, slot: int, tail: list[int], options: DecodingOptions) -> None:
+        """Open a block.
 
         Args:
             slot: the request slot.
-            token_ids: prompt, and after a preemption the output so far.
+            tail: known tokens that the block begins with.
             options: the request's decoding options.
         """
         length, mask_id = self.geometry
-        tail = token_ids[len(token_ids) // length * length :]
         masks = [mask_id] * (2 * length - len(tail))
         self.canvas.ids[slot] = async_tensor_h2d(
             [*tail, *masks], device=self.device, dtype=torch.int64

@@ -16,6 +16,9 @@ class Family(NamedTuple):
     presets: tuple[str, ...]  # strategies of the model cards, the first recommended
     exact: str  # what equals the published computation
     approximate: str  # what does not, or is not known to
+    # What a position sees: "block_causal", its block and what lies before it, on a
+    # grid from position 0; or "full", everything, on a grid from the prompt's end.
+    attention: str = "block_causal"
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -64,7 +67,50 @@ FAMILIES: tuple[Family, ...] = (
         approximate="nothing; the release's config.json was not seen; its sub-block "
         "cache is not there",
     ),
+    Family(
+        "LLaDAModelLM",
+        "llada",
+        "vllm_unmask.families.llada:LLaDAConfig",
+        "vllm_unmask.families.llada:LLaDAModelLM",
+        checkpoints="LLaDA 8B (Base, Instruct), LLaDA 1.5",
+        presets=("fast_dllm", "llada", "klass_llada"),
+        exact="logits, as of prompt and canvas in one forward, with cache=none",
+        approximate="cache=prefix and cache=dual, as in Fast-dLLM; what lies beyond "
+        "`window`; the config.json of Base and 1.5 was not seen",
+        attention="full",
+    ),
+    Family(
+        "LLaDAMoEModelLM",
+        "llada",
+        "vllm_unmask.families.llada:LLaDAConfig",
+        "vllm_unmask.families.llada:LLaDAMoEModelLM",
+        checkpoints="LLaDA-MoE-7B-A1B (Base, Instruct)",
+        presets=("fast_dllm", "llada"),
+        exact="logits, as of prompt and canvas in one forward, with cache=none",
+        approximate="cache=prefix and cache=dual, as in Fast-dLLM; what lies beyond "
+        "`window`; the release's config.json was not seen",
+        attention="full",
+    ),
+    Family(
+        "DreamModel",
+        "Dream",
+        "vllm_unmask.families.dream:DreamConfig",
+        "vllm_unmask.families.dream:DreamModel",
+        checkpoints="Dream-v0 7B (Base, Instruct), Dream-Coder 7B, DiffuCoder 7B",
+        presets=("fast_dllm", "dream_entropy", "dream_margin", "klass_dream"),
+        exact="logits, as of prompt and canvas in one forward, with cache=none",
+        approximate="cache=prefix and cache=dual, as in Fast-dLLM; what lies beyond "
+        "`window`; steps are counted in blocks, not over the whole canvas; the "
+        "release's config.json was not seen",
+        attention="full",
+    ),
 )
+
+
+def family_of(architecture: str) -> Family:
+    """The family of an architecture that is one of ours."""
+    return next(f for f in FAMILIES if f.architecture == architecture)
+
 
 CONFIG_HOOK = "vllm_unmask.families.config_hook:BlockDiffusionConfigHook"
 

@@ -70,11 +70,20 @@ class BlockCausalLM(nn.Module):
 
         """
         found: dict[str, int] = {}
-        loaded: set[str] = super().load_weights(_noted(weights, found))
+        loaded = self._load(_noted(weights, found))
         if self._is_first:
             self._require_complete(found)
             self._is_first = False
         return loaded
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """vLLM's loading."""
+        loaded: set[str] = super().load_weights(weights)
+        return loaded
+
+    def checkpoint_name(self, name: str) -> str:
+        """A checkpoint's name of a weight that vLLM's class, unfused, calls `name`."""
+        return name
 
     def _require_complete(self, found: dict[str, int]) -> None:
         """Compare the names found, and how many values each weight has."""
@@ -85,12 +94,19 @@ class BlockCausalLM(nn.Module):
             or any(f".experts.{expert}." in name for name in found)
         ]
         published = {
-            parameter: published_names(parameter, experts)
+            parameter: [
+                self.checkpoint_name(name)
+                for name in published_names(parameter, experts)
+            ]
             for parameter, _ in self.named_parameters()
         }
         expected = {name for names in published.values() for name in names}
         # A tied head may be there, and is then dropped.
-        allowed = {p for p, _ in self.named_parameters(remove_duplicate=False)}
+        allowed = {
+            self.checkpoint_name(name)
+            for parameter, _ in self.named_parameters(remove_duplicate=False)
+            for name in published_names(parameter, experts)
+        }
         if self._quantized:
             if missing := sorted(_modules(expected) - _modules(found)):
                 raise _other_checkpoint(f"lacks {_some(missing)}")

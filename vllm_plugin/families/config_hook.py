@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's configuration for a block-causal diffusion model."""
+"""vLLM's configuration for a diffusion model."""
 
 import math
 from collections.abc import Callable
@@ -14,23 +14,24 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_unmask.families import ON_SERVED
+from vllm_unmask.families import ON_SERVED, family_of
+from vllm_unmask.families.full_config import prepare_full_attention
 from vllm_unmask.limits import refused
 from vllm_unmask.options import (
     ServerOptions,
     parse_server_options,
     require_candidates_fit,
-    require_filter,
     require_steps_fit,
     server_options_to_dict,
 )
+from vllm_unmask.requirements import require_attention_fit, require_filter
 
 logger = init_logger("vllm.vllm_unmask.families.config_hook")
 
 MAX_BLOCK_LENGTH = 256
 # Rows of a request that a forward checks when it speculates, unless told otherwise.
 CANDIDATE_ROWS = 128
-SCHEDULER = "vllm_unmask.engine.scheduler.create_scheduler"
+SCHEDULER = "vllm_unmask.engine.schedulers.create_scheduler"
 EXECUTOR = "vllm_unmask.engine.executor.OneCallExecutor"
 
 
@@ -44,6 +45,10 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         options = parse_server_options(vllm_config.additional_config)
+        attention = family_of(vllm_config.model_config.architecture).attention
+        require_attention_fit(options.decoding, attention)
+        if attention == "full":
+            options = prepare_full_attention(vllm_config, options)
         block_length = _block_length(vllm_config, options)
         options = replace(
             options, max_candidates=_max_candidates(vllm_config, options, block_length)
@@ -62,6 +67,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         shifted = getattr(hf_config, "shifted", False)
         hf_config.unmask_served = {
             "server": server_options_to_dict(options),
+            "attention": attention,
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
@@ -79,8 +85,12 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         vllm_config.diffusion_config = DiffusionConfig(
             canvas_length=blocks * block_length
         )
-        _set_page_size(vllm_config, block_length)
-        _set_scheduler(vllm_config, block_length)
+        rows = 2 * block_length
+        if attention == "full":
+            rows = vllm_config.model_config.max_model_len
+        else:
+            _set_page_size(vllm_config, block_length)
+        _set_scheduler(vllm_config, rows)
         _set_executor(vllm_config)
         vllm_config.attention_config.use_non_causal = True
         for prepare in ON_SERVED:
@@ -267,7 +277,8 @@ def _set_page_size(vllm_config: VllmConfig, block_length: int) -> None:
         cache.user_specified_block_size = True
 
 
-def _set_scheduler(vllm_config: VllmConfig, block_length: int) -> None:
+def _set_scheduler(vllm_config: VllmConfig, rows: int) -> None:
+    """Choose our scheduler; `rows` are those of a request in a step, at most."""
     scheduler = vllm_config.scheduler_config
     if scheduler.scheduler_cls not in (None, SCHEDULER):
         raise ValueError(
@@ -275,12 +286,12 @@ def _set_scheduler(vllm_config: VllmConfig, block_length: int) -> None:
             "block-diffusion model, which needs its own scheduler; remove it"
         )
     scheduler.scheduler_cls = SCHEDULER
-    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs * 2 * block_length:
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs * rows:
         logger.info(
-            "%d running requests need %d tokens a step, more than "
+            "%d running requests may need %d tokens a step, more than "
             "--max-num-batched-tokens %d: some will wait for a later step.",
             scheduler.max_num_seqs,
-            scheduler.max_num_seqs * 2 * block_length,
+            scheduler.max_num_seqs * rows,
             scheduler.max_num_batched_tokens,
         )
 

@@ -9,6 +9,18 @@ from typing import Any
 
 from vllm_unmask.families import FAMILIES
 
+# Attention of a family -> what it means, and what its cache may be.
+_ATTENTION = {
+    "block_causal": (
+        "block-causal: a position sees its block and what lies before it",
+        ["exact"],
+    ),
+    "full": (
+        "full: a position sees prompt and canvas",
+        ["none (exact)", "prefix (approximate)", "dual (approximate)"],
+    ),
+}
+
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """What vLLM, with the plugin registered, would do with a checkpoint.
@@ -61,9 +73,12 @@ def _family_of(folder: Path) -> dict[str, Any]:
         raise ValueError(f"no {', '.join(absent)} in this folder; download the rest")
     strategy = json.dumps({"unmask": {"strategy": family.presets[0]}})
     serve = ["vllm", "serve", str(folder), "--additional-config", strategy]
+    attention, caches = _ATTENTION[family.attention]
     return {
         "architecture": family.architecture,
         "checkpoints": family.checkpoints,
+        "attention": attention,
+        "cache": caches,
         "exact": family.exact,
         "approximate": family.approximate,
         "recommended": list(family.presets),

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding of LLaDA and Dream with Fast-dLLM's caches, in plain torch.
+
+Keys and values of every position are kept as the last forward that had the position
+computed them. Independent of the plugin and of vLLM.
+"""
+
+from typing import Any
+
+import torch
+from dense_reference import Choose, Weights, attend, rms_norm, rotate
+
+# Dream's names (Qwen2's) -> LLaDA's.
+_RENAMED = {
+    "model.embed_tokens": "model.transformer.wte",
+    "model.norm": "model.transformer.ln_f",
+    "lm_head": "model.transformer.ff_out",
+    "model.layers": "model.transformer.blocks",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "self_attn.o_proj": "attn_out",
+    "self_attn.": "",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+
+
+def as_llada(config: dict[str, Any], weights: Weights) -> tuple[Any, Weights]:
+    """A tiny Dream checkpoint under LLaDA's names, biases beside the weights."""
+    renamed = {}
+    for name, weight in weights.items():
+        for old, new in _RENAMED.items():
+            name = name.replace(old, new)
+        renamed[name] = weight
+    return config | {
+        "d_model": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+    }, renamed
+
+
+class CachedLLaDA:
+    """The network, and the keys and values of a canvas.
+
+    Args:
+        length: positions of the canvas.
+    """
+
+    def __init__(self, config: dict[str, Any], weights: Weights, length: int) -> None:
+        self.config, self.weights = config, weights
+        self.dim = config["d_model"] // config["n_heads"]
+        shape = (config["n_layers"], 2, config["n_kv_heads"], length, self.dim)
+        self.cache = torch.full(shape, torch.nan)
+
+    def forward(self, ids: list[int], first: int, end: int) -> torch.Tensor:
+        """Logits [len(ids), vocab] of the positions from ``first`` on.
+
+        They see all positions before ``end``.
+        """
+        eps, theta = self.config["rms_norm_eps"], self.config["rope_theta"]
+        rows = slice(first, first + len(ids))
+        everything = torch.ones((len(ids), end), dtype=torch.bool)
+        x = self.weights["model.transformer.wte.weight"][torch.tensor(ids)]
+
+        for layer, cache in enumerate(self.cache):
+            prefix = f"model.transformer.blocks.{layer}"
+
+            def get(part: str, prefix: str = prefix) -> torch.Tensor:
+                return self.weights[f"{prefix}.{part}.weight"]
+
+            h = rms_norm(x, get("attn_norm"), eps)
+            q, k, v = (
+                (h @ get(f"{name}_proj").T)
+                .add(self.weights.get(f"{prefix}.{name}_proj.bias", 0))
+                .view(len(ids), -1, self.dim)
+                .transpose(0, 1)
+                for name in "qkv"
+            )
+            q, k = rotate(q, theta, first), rotate(k, theta, first)
+            cache[0, :, rows], cache[1, :, rows] = k, v
+            mixed = attend(q, cache[0, :, :end], cache[1, :, :end], everything)
+            x = x + mixed @ get("attn_out").T
+            h = rms_norm(x, get("ff_norm"), eps)
+            gate = torch.nn.functional.silu(h @ get("ff_proj").T)
+            x = x + (gate * (h @ get("up_proj").T)) @ get("ff_out").T
+        x = rms_norm(x, self.weights["model.transformer.ln_f.weight"], eps)
+        head = self.weights["model.transformer.ff_out.weight"]
+        return (x @ head.T)[:, : self.config["vocab_size"]]
+
+
+def decode_cached(
+    config: dict[str, Any],
+    weights: Weights,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    block: int,
+    choose: Choose,
+    dual: bool,
+    refresh: int,
+    shifted: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Greedy decoding that forwards the whole canvas in some steps only.
+
+    Args:
+        choose: as for ``dense_reference.decode``.
+        dual: whether the other steps forward the open block alone, and not all that
+            is not before it.
+        refresh: steps of a block from one that forwards the whole canvas to the next.
+        shifted: whether row ``i - 1`` scores token ``i``. The row before the block is
+            that of the last step that forwarded it.
+
+    Returns:
+        The output tokens, and the rows of each forward.
+    """
+    mask_id = config["mask_token_id"]
+    ids = prompt + [mask_id] * (-(-max_tokens // block) * block)
+    network = CachedLLaDA(config, weights, len(ids))
+    rows = []
+    for start in range(len(prompt), len(ids), block):
+        for step in range(block):
+            masked = [i for i in range(block) if ids[start + i] == mask_id]
+            if not masked:
+                break
+            first, end = start, start + block if dual else len(ids)
+            if step % refresh == 0:
+                first, end = 0, len(ids)
+            rows.append(end - first)
+            logits = network.forward(ids[first:end], first, len(ids))
+            if shifted:
+                if first == 0:
+                    before = logits[start - 1 :][:1]
+                logits = torch.cat((before, logits[start - first : -1]))
+            else:
+                logits = logits[start - first :]
+            logits = logits[:block].clone()
+            logits[:, mask_id] = -torch.inf
+            confidence, candidate = logits.softmax(-1).max(-1)
+            columns = choose(masked, confidence, candidate.tolist(), step, block)
+            for column in columns:
+                ids[start + column] = int(candidate[column])
+    return ids[len(prompt) :][:max_tokens], rows
