@@ -296,6 +296,19 @@ def test_prefix_cache_hit_equals_cold_run(served: Served) -> None:
     assert output["tokens"] == served.decode(longer, choose_static)
 
 
+@pytest.mark.parametrize("length", [PAGE, PAGE + 1, PAGE + BLOCK, 2 * PAGE])
+def test_prompts_that_are_in_the_cache(served: Served, length: int) -> None:
+    """Up to their end, as far as vLLM lets them: what precedes a block is there."""
+    rng = random.Random(length)
+    prompt = [rng.randrange(5, 512) for _ in range(length)]
+    for cached in (0, (length - 1) // PAGE * PAGE):
+        (output,) = served.engine.run(
+            engine_calls.generate, [prompt], greedy(STATIC, max_tokens=5)
+        )
+        assert output["num_cached_tokens"] == cached
+        assert output["tokens"] == served.decode(prompt, choose_static, max_tokens=5)
+
+
 def test_alone_equals_batched(served: Served) -> None:
     """Strategies and temperatures of a batch change nobody's output."""
     presets = next(f for f in FAMILIES if f.architecture == served.architecture).presets
