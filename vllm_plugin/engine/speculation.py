@@ -117,10 +117,14 @@ class Drafts:
         index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
         if not len(index_np):
             return None
+        query_np = input_batch.num_scheduled_tokens[index_np]
+        # A canvas behind the rest of its prompt comes without windows.
+        prompt_np = query_np - num_drafts[index_np] >= length
+        prompt_np &= not asynchronous
         if self.on_cpu:
             opened = pending.numpy()[slots_np[index_np]]
-            room_np = input_batch.num_scheduled_tokens[index_np] - (1 + opened) * length
-            if (room_np < length).all():
+            room_np = query_np - (1 + opened) * length
+            if ((room_np < length) | (prompt_np & ~opened)).all():
                 # Guesses are about the block that was open when they were made.
                 count = self.candidates.count.numpy()
                 count[slots_np[index_np]] = 0
@@ -129,13 +133,10 @@ class Drafts:
         to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
         slots = to_device(slots_np[index_np])
         first = to_device(input_batch.query_start_loc_np[index_np])
-        query_len = to_device(input_batch.num_scheduled_tokens[index_np])
+        query_len = to_device(query_np)
         canvas = torch.minimum((1 + pending[slots]) * length, query_len)
-        if not asynchronous:
-            # A canvas behind the rest of its prompt comes without windows.
-            known = query_len - to_device(num_drafts[index_np])
-            behind = (known >= length) & ~pending[slots]
-            canvas = torch.where(behind, query_len, canvas)
+        behind = async_tensor_h2d(prompt_np, device=self.device) & ~pending[slots]
+        canvas = torch.where(behind, query_len, canvas)
         room = (query_len - canvas) // length
         fitting = Candidates(*(field[slots] for field in self.candidates)).up_to(room)
         start = input_batch.positions[first] + canvas - length
