@@ -17,6 +17,7 @@ from checkpoints import (
     llada_moe_config,
     sdar_config,
     sdar_moe_config,
+    wedlm_config,
 )
 from dense_reference import (
     Choose,
@@ -24,6 +25,7 @@ from dense_reference import (
     attend,
     decode,
     decode_full,
+    decode_streaming,
     dense_logits,
     first_alone,
     gated_mlp,
@@ -201,4 +203,5 @@ REFERENCES = {
         partial(dense_logits, feed_forward=_llada_moe_feed_forward),
         decode=decode_full,
     ),
+    "WeDLMForCausalLM": Reference(wedlm_config, dense_logits, decode=decode_streaming),
 }

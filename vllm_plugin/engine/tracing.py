@@ -78,7 +78,7 @@ def forget_trace(directory: str, req_id: str) -> None:
     _path(directory, req_id).unlink(missing_ok=True)
 
 
-class _Record:
+class Record:
     """What happened to the open block of a request, and to the next one."""
 
     def __init__(self, path: Path, length: int, step: int) -> None:
@@ -94,7 +94,9 @@ class _Record:
         block = {"step": self.step, "tokens": self.open[fixed:width]}
         with self.path.open("a") as file:
             file.write(json.dumps(block) + "\n")
-        self.open, self.ahead = self.ahead, [[] for _ in self.open]
+        following = self.open[width:] + self.ahead
+        self.open = following[: len(self.ahead)]
+        self.ahead = [[] for _ in self.open]
 
 
 class Tracer:
@@ -113,7 +115,7 @@ class Tracer:
         self.directory = directory
         self.writes = writes
         self.length, self.mask_id = block_length, mask_id
-        self.records: dict[int, _Record] = {}
+        self.records: dict[int, Record] = {}
 
     def add_request(self, slot: int, req_id: str, traced: bool) -> None:
         """Take over a slot."""
@@ -122,7 +124,7 @@ class Tracer:
             logger.warning("No trace of %s: %s is not here.", req_id, self.directory)
         elif traced and self.writes:
             path = _path(self.directory, req_id)
-            self.records[slot] = _Record(path, self.length, self._last_step(path))
+            self.records[slot] = Record(path, self.length, self._last_step(path))
 
     def _last_step(self, path: Path) -> int:
         """Of the last block that the request reported before a preemption, or -1."""
@@ -166,7 +168,7 @@ class Tracer:
             if record is None or end == 0:
                 continue
             record.step += closing is None or not closing[row]
-            fixed, reported = int(num_fixed[row]), bool(num_tokens[row])
+            fixed, reported = int(num_fixed[row]), int(num_tokens[row])
             old, new = before[row].tolist(), after[row].tolist()
             sure = confidence[row].tolist()
             request = grammars.requests.get(slot)
@@ -174,18 +176,18 @@ class Tracer:
             for column in range(fixed, end):
                 self._note(record, column, old[column], new[column], sure, closed)
             if request is not None:
-                verified = end if reported else request.frontier
+                verified = fixed + reported if reported else request.frontier
                 for events in record.open[fixed:verified]:
                     if all(event["event"] != "verified" for event in events):
                         events.append({"step": record.step, "event": "verified"})
             if following is not None and not reported:
                 self._note_ahead(record, slot, following)
             if reported:
-                record.report(fixed, end)
+                record.report(fixed, fixed + reported)
 
     def _note(
         self,
-        record: _Record,
+        record: Record,
         column: int,
         old: int,
         new: int,
@@ -208,7 +210,7 @@ class Tracer:
             event["confidence"] = round(sure[column], 6)
         events.append(event)
 
-    def _note_ahead(self, record: _Record, slot: int, following: "NextBlocks") -> None:
+    def _note_ahead(self, record: Record, slot: int, following: "NextBlocks") -> None:
         for column, token, sure in following.unmasked(slot):
             record.ahead[column].append(
                 {
