@@ -16,7 +16,11 @@ from vllm_unmask.options import (
 )
 from vllm_unmask.patches import Guard, Patch, Replacement
 from vllm_unmask.patches.served import served_record
-from vllm_unmask.requirements import require_attention_fit, require_filter
+from vllm_unmask.requirements import (
+    require_attention_fit,
+    require_filter,
+    require_seeds_fit,
+)
 from vllm_unmask.seeds import PINNED_KEY, SEED_KEY, Seeds, parse_seeds
 
 # Parameters that change nothing at these values and are not honoured at others.
@@ -91,6 +95,7 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
             record["mask_token_id"],
             params.max_tokens,
         )
+        require_seeds_fit(seeds and seeds.ids, record["attention"], SEED_KEY)
         _require_compatible(params, options, seeds)
     except OptionError as error:
         _refuse(str(error), error.parameter, error.value)

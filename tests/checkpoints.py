@@ -315,6 +315,46 @@ def llada_moe_config(block_size: Any = ..., **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not ...}
 
 
+def wedlm_config(block_size: int = 16, **overrides: Any) -> dict[str, Any]:
+    """The keys of a WeDLM ``config.json``, tiny: the 7B model's, which has biases.
+
+    The published file names no block size, and may have a null for the mask token.
+    """
+    config = {
+        "architectures": ["WeDLMForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_wedlm.WeDLMConfig",
+            "AutoModelForCausalLM": "modeling_wedlm.WeDLMForCausalLM",
+        },
+        "model_type": "wedlm",
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "block_size": block_size,
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "max_position_embeddings": 1024,
+        "max_window_layers": 2,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "qk_norm": False,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": VOCAB,
+    }
+    config.update(overrides)
+    return {key: value for key, value in config.items() if value is not ...}
+
+
 class _Draw:
     """Seeded random tensors."""
 

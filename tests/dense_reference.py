@@ -217,6 +217,60 @@ def decode_full(
     return ids[len(prompt) :][:max_tokens], forwards
 
 
+def streaming_mask(ids: list[int], start: int, mask_id: int) -> torch.Tensor:
+    """bool [length, length]: causal, where masks from ``start`` on come last."""
+    place = [i + len(ids) * (i >= start and ids[i] == mask_id) for i in range(len(ids))]
+    rows = torch.tensor(place)
+    return rows[:, None] >= rows[None, :]
+
+
+def decode_streaming(
+    config: dict[str, Any],
+    weights: Weights,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    block: int,
+    choose: Choose,
+    max_model_len: int = 1 << 30,
+    logits_of: Callable[..., torch.Tensor] = dense_logits,
+    sureness: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[list[int], int]:
+    """Greedy decoding in a window of ``block`` positions that moves on (WeDLM).
+
+    Args:
+        choose: as for ``decode``.
+        sureness: logits [window, vocab] -> what ``choose`` gets for the confidence.
+
+    Returns:
+        The output tokens and the number of forwards.
+    """
+    mask_id = config["mask_token_id"]
+    ids, step = list(prompt), 0
+    window: list[int] = []
+    while len(ids) < min(len(prompt) + max_tokens, max_model_len):
+        start = len(ids)
+        end = min(start + block, max_model_len)
+        window += [mask_id] * (end - start - len(window))
+        seen = ids + window
+        logits = logits_of(config, weights, seen, streaming_mask(seen, start, mask_id))[
+            start:
+        ]
+        logits[:, mask_id] = -torch.inf
+        confidence, candidate = logits.softmax(-1).max(-1)
+        if sureness is not None:
+            confidence = sureness(logits)
+        masked = [i for i, token in enumerate(window) if token == mask_id]
+        columns = choose(masked, confidence, candidate.tolist(), step, end - start)
+        assert columns
+        for column in columns:
+            window[column] = int(candidate[column])
+        step += 1
+        while window and window[0] != mask_id:
+            ids.append(window.pop(0))
+    return ids[len(prompt) :][:max_tokens], step
+
+
 def first_alone(choose: Choose) -> Choose:
     """The first position of a block before anything else of it (Fast-dLLM v2)."""
 
@@ -254,3 +308,24 @@ def choose_threshold(
     """Everything above the threshold, at least the surest."""
     above = [i for i in masked if float(confidence[i]) > threshold]
     return above or choose_static(masked, confidence, candidates, 0, 1)
+
+
+def entropy_of(logits: torch.Tensor) -> torch.Tensor:
+    """Nats of each row."""
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+def choose_near(
+    masked: list[int],
+    entropy: torch.Tensor,
+    candidates: list[int],
+    step: int,
+    opened: int,
+    bound: float = 0.4,
+    penalty: float = 0.02,
+) -> list[int]:
+    """Low entropy, the lower the farther from the first mask; at least the lowest."""
+    doubt = {i: float(entropy[i]) + penalty * (i - masked[0]) for i in masked}
+    return [i for i in masked if doubt[i] < bound] or [
+        min(masked, key=doubt.__getitem__)
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 def generate(
     llm: Any, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Token ids, finish reason, cached tokens and log-probabilities per prompt."""
+    """What came of each prompt: tokens, log-probabilities, trace and so on."""
     from vllm import SamplingParams
 
     each = params if isinstance(params, list) else [params] * len(prompts)
@@ -26,6 +26,7 @@ def generate(
                 {token: (lp.logprob, lp.rank) for token, lp in position.items()}
                 for position in output.outputs[0].logprobs or []
             ],
+            "trace": (output.kv_transfer_params or {}).get("unmask_trace"),
         }
         for output in outputs
     ]

@@ -18,6 +18,7 @@ from checkpoints import (
     llada_moe_config,
     sdar_config,
     sdar_moe_config,
+    wedlm_config,
 )
 from dense_reference import (
     Choose,
@@ -25,6 +26,7 @@ from dense_reference import (
     attend,
     decode,
     decode_full,
+    decode_streaming,
     dense_logits,
     first_alone,
     gated_mlp,
@@ -205,4 +207,5 @@ REFERENCES = {
     "DreamModel": Reference(
         dream_config, shifted_logits, shifted=True, decode=decode_full
     ),
+    "WeDLMForCausalLM": Reference(wedlm_config, dense_logits, decode=decode_streaming),
 }

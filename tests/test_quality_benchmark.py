@@ -48,7 +48,8 @@ def test_grid_covers_every_preset_and_filler(modules, quick):
     strategies = modules.grid.STRATEGIES
     missing = {*FILLERS, *PRESETS} - {*strategies}
     assert {f for name in missing for f in compose(name).fillers} >= {"s2d2"}
-    assert all({"s2d2", "freedave"} & compose(name).fillers for name in missing)
+    elsewhere = {"s2d2", "freedave", "entropy_distance"}
+    assert all(elsewhere & compose(name).fillers for name in missing)
     for name in strategies:
         assert any(c.strategy == name and not c.options for c in configs), name
         if name in PRESETS:

@@ -54,6 +54,12 @@ FILLERS: Mapping[str, Filler] = {
     "entropy_threshold": Filler(
         "accept", "every position of low entropy (dParallel)", {"entropy_bound": 0.5}
     ),
+    "entropy_distance": Filler(
+        "accept",
+        "every position of low entropy, the lower the farther from the first mask "
+        "(WeDLM)",
+        {"entropy_bound": 0.4, "distance_penalty": 0.02},
+    ),
     "klass": Filler(
         "accept",
         "sure positions whose distribution has settled (KLASS)",
@@ -214,6 +220,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "eb_sampler": Preset("entropy_bounded", {"order": "entropy"}, "EB-Sampler"),
     "dparallel": Preset("entropy_threshold", {"order": "entropy"}, "dParallel"),
+    "wedlm": Preset("entropy_distance", {}, "WeDLM"),
     "klass_llada": Preset(
         "klass", {"threshold": 0.6, "kl_threshold": 0.015}, "KLASS on LLaDA, GSM8K"
     ),

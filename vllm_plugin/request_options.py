@@ -128,6 +128,12 @@ class DecodingOptions:
     entropy_bound: float | None = _of(
         "entropy_bound", "float", "entropy in nats that is accepted", low=0.0
     )
+    distance_penalty: float | None = _of(
+        "distance_penalty",
+        "float",
+        "entropy in nats that is added for each position behind the first mask",
+        low=0.0,
+    )
     whole_entropy: bool | None = _of(
         "whole_entropy",
         "bool",

@@ -31,6 +31,7 @@ def sampling_params(
     high_threshold: float | None = None,
     factor: float | None = None,
     entropy_bound: float | None = None,
+    distance_penalty: float | None = None,
     whole_entropy: bool | None = None,
     kl_threshold: float | None = None,
     kl_history: int | None = None,

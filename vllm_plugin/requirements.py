@@ -11,6 +11,23 @@ from vllm_unmask.request_options import DecodingOptions
 _OF_FULL_ATTENTION = ("cache", "refresh", "window")
 # Fillers that need a cache which no later token changes.
 _OF_FINAL_CACHE = ("lookahead", "freedave", "s2d2")
+# Fillers that remember a block, need its grid, or ask for more rows than a window has.
+_OF_BLOCKS = (
+    "klass",
+    "bacd",
+    "ccd",
+    "dimple",
+    "learned",
+    "credit",
+    "sub_blocks",
+    "adablock",
+    "prophet",
+    "sched",
+    "edit",
+    "remdm",
+    "rcr",
+    *_OF_FINAL_CACHE,
+)
 
 
 def require_filter(
@@ -39,7 +56,7 @@ def require_attention_fit(
 
     Args:
         options: a request's or a server's.
-        attention: "block_causal" or "full", the family's.
+        attention: "block_causal", "full" or "causal", the family's.
         prefix: of the request's keys.
 
     Raises:
@@ -57,6 +74,8 @@ def require_attention_fit(
                     "in this model every position sees every other one",
                 )
         return
+    if attention == "causal":
+        _require_streaming(options, prefix)
     for name in _OF_FULL_ATTENTION:
         if (value := getattr(options, name)) is not None:
             raise refused(
@@ -65,3 +84,43 @@ def require_attention_fit(
                 "it for a model with full attention",
                 "has no effect, as this model's cache is exact",
             )
+
+
+def _require_streaming(options: DecodingOptions, prefix: str) -> None:
+    """Check that options and strategy do without blocks that begin and end."""
+    because = "as this model has a window that moves on with every reported token"
+    for filler in _OF_BLOCKS:
+        if filler in options.fillers:
+            raise refused(
+                prefix + "strategy",
+                options.strategy,
+                f"a strategy without {filler}",
+                f"needs blocks, {because}",
+            )
+    sizes = options.value("step_sizes")
+    if sizes != "linear":
+        raise refused(
+            prefix + "step_sizes", sizes, "linear", f"needs blocks, {because}"
+        )
+
+
+def require_seeds_fit(seeds: object | None, attention: str, name: str) -> None:
+    """Check that a request that writes on its canvas goes with the model.
+
+    Args:
+        seeds: the request's, None without.
+        attention: the family's.
+        name: of the parameter.
+
+    Raises:
+        OptionError: they do not.
+
+    """
+    if seeds is not None and attention == "causal":
+        raise refused(
+            name,
+            seeds,
+            "no seeds",
+            "is not possible, as this model has a window that moves on with every "
+            "reported token",
+        )

@@ -13,8 +13,11 @@ from vllm_unmask.presets import FILLERS, PRESETS, compose
 Options = Mapping[str, Any]
 
 # Self-speculation has a report of its own, `speculation.py`: what it is about is how
-# many forwards an output takes.
-_ELSEWHERE = {name for name, filler in FILLERS.items() if filler.slot == "speculate"}
+# many forwards an output takes. The rule for a streaming window says little of a model
+# with blocks.
+_ELSEWHERE = {"entropy_distance"} | {
+    name for name, filler in FILLERS.items() if filler.slot == "speculate"
+}
 STRATEGIES = [
     *(name for name in FILLERS if name not in _ELSEWHERE),
     *(name for name in PRESETS if _ELSEWHERE.isdisjoint(compose(name).fillers)),

@@ -20,6 +20,7 @@ from dense_reference import (
     block_causal_mask,
     choose_static,
     choose_threshold,
+    streaming_mask,
 )
 from engine_process import EngineProcess
 from family_references import REFERENCES, Config, Reference
@@ -59,9 +60,14 @@ class Served(NamedTuple):
     reference: Reference
 
     @property
+    def attention(self) -> str:
+        """What a position sees."""
+        return family_of(self.architecture).attention
+
+    @property
     def is_full(self) -> bool:
         """Whether every position of the model sees every other one."""
-        return family_of(self.architecture).attention == "full"
+        return self.attention == "full"
 
     def logits(self, record: dict[str, Any]) -> torch.Tensor:
         """Of the open block of a step."""
@@ -70,6 +76,9 @@ class Served(NamedTuple):
         if self.is_full:
             ids = ids + [self.config["mask_token_id"]] * (record["rows"] - len(ids))
             mask = torch.ones((len(ids), len(ids)), dtype=torch.bool)
+        if self.attention == "causal":
+            start, mask_id = len(record["prefix"]), self.config["mask_token_id"]
+            mask = streaming_mask(ids, start, mask_id)
         logits = self.reference.logits(self.config, self.weights, ids, mask)
         return logits[len(record["prefix"]) : end]
 

@@ -27,7 +27,7 @@ from vllm_unmask.decoding.statistics import RowStatistics
 from vllm_unmask.decoding.strategy import Block, Parameters, State, integers, is_stop
 
 # What needs how much of the row statistics.
-_ENTROPY = {"entropy_bounded", "entropy_threshold"}
+_ENTROPY = {"entropy_bounded", "entropy_distance", "entropy_threshold"}
 _PROBABILITY = {"credit", "edit"}
 _STATISTICS = _ENTROPY | _PROBABILITY | {"prophet", "sched"}
 # ReMDM masks nothing again after so many steps a position: every block ends.

@@ -11,6 +11,7 @@ from vllm_unmask.decoding.learned import Filter, accept_learned
 from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.decoding.statistics import RowStatistics
 from vllm_unmask.decoding.strategy import Block, Parameters, State, integers, is_stop
+from vllm_unmask.decoding.streaming import accept_near
 
 
 class Inputs(NamedTuple):
@@ -62,6 +63,11 @@ def _entropy_bounded(i: Inputs) -> torch.Tensor:
 
 def _entropy_threshold(i: Inputs) -> torch.Tensor:
     return acceptance.accept_entropy_below(i.entropy, i.masked, i.p["entropy_bound"])
+
+
+def _entropy_distance(i: Inputs) -> torch.Tensor:
+    bound, penalty = i.p["entropy_bound"], i.p["distance_penalty"]
+    return accept_near(i.entropy, i.masked, bound, penalty)
 
 
 def _klass(i: Inputs) -> torch.Tensor:
@@ -174,6 +180,7 @@ _WHOLE: Mapping[str, Callable[[Inputs], torch.Tensor]] = {
     "cad": _cad,
     "dimple": _dimple,
     "ccd": _ccd,
+    "entropy_distance": _entropy_distance,
 }
 
 

@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
 
-def model_state_cls(full_attention: bool = False) -> "type[BlockDiffusionModelState]":
+def model_state_cls(
+    attention: str = "block_causal",
+) -> "type[BlockDiffusionModelState]":
     """The ModelState of the families, for ``get_model_state_cls``.
 
     Only Model Runner V2 asks for it, in the worker and before the first kernel
@@ -15,7 +17,7 @@ def model_state_cls(full_attention: bool = False) -> "type[BlockDiffusionModelSt
     device helpers that the runner's modules import by name.
 
     Args:
-        full_attention: whether every position of the model sees every other one.
+        attention: the family's.
     """
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
@@ -25,10 +27,14 @@ def model_state_cls(full_attention: bool = False) -> "type[BlockDiffusionModelSt
 
         register_cpu_kernels()
 
-    if full_attention:
+    if attention == "full":
         from vllm_unmask.engine.full_model_state import FullAttentionModelState
 
         return FullAttentionModelState
+    if attention == "causal":
+        from vllm_unmask.engine.streaming_model_state import StreamingModelState
+
+        return StreamingModelState
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
     return BlockDiffusionModelState

@@ -74,6 +74,8 @@ class Grammars:
         served = self.model_config.hf_config.unmask_served
         self.vocab_size: int = served["vocab_size"]
         self.guard: bool = served["server"]["grammar_guard"]
+        # Whether a block is reported as far as it has no mask, and moves on.
+        self.streaming: bool = served["attention"] == "causal"
         # Ranks must agree on who takes part in a step.
         self.wait = vllm_config.parallel_config.world_size > 1
         self._loading = threading.Lock()

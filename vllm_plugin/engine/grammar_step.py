@@ -270,6 +270,8 @@ class GrammarStep:
             block[end:width] = [self._filler()] * (width - end)
             request.first += end - start
             request.num_fixed = 0
+        elif self.grammars.streaming:
+            request.first += result.block.index(self.mask_id)
         return block
 
     def _count(self, request: GrammarRequest, result: StepResult) -> None:

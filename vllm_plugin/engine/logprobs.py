@@ -29,6 +29,20 @@ class BlockLogprobs:
         """Drop what a slot's previous request left."""
         self.kept.pop(slot, None)
 
+    def slide(self, slots_np: np.ndarray[Any, Any], num_tokens: torch.Tensor) -> None:
+        """Follow windows that move behind what they have reported.
+
+        Args:
+            slots_np: int64 [requests] -> request slot.
+            num_tokens: int64 [requests], positions that the window moves.
+        """
+        for row, slot in enumerate(slots_np.tolist()):
+            if (kept := self.kept.get(slot)) is not None:
+                column = torch.arange(len(kept.logprobs), device=num_tokens.device)
+                moved = (column + num_tokens[row]) % len(column)
+                fields = (field[moved] for field in kept[:3])
+                self.kept[slot] = LogprobsTensors(*fields)
+
     def collect(
         self,
         logits: torch.Tensor,

@@ -21,6 +21,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_unmask.decoding.learned import Filter, load_filter
 from vllm_unmask.engine.attention import build_block_causal_metadata, count_final_rows
 from vllm_unmask.engine.carry import Carry
+from vllm_unmask.engine.denoising import Stepper
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.rows import AheadRows, DenoisingRows
@@ -54,6 +55,7 @@ class BlockDiffusionModelState(ModelState):
 
     # All output comes from the canvas, which vLLM counts as draft tokens.
     num_new_sampled_tokens_per_step = 0
+    stepper_cls: type[Stepper] = Stepper
 
     def __init__(
         self,
@@ -66,6 +68,8 @@ class BlockDiffusionModelState(ModelState):
         served = self.model_config.hf_config.unmask_served
         self.vocab_size: int = served["vocab_size"]
         self.geometry = BlockGeometry(served["block_length"], served["mask_token_id"])
+        # A prompt's KV is final up to a multiple of this.
+        self.grid = self.geometry.block_length
         self.default_options: DecodingOptions = server_options_from_dict(
             served["server"]
         ).decoding

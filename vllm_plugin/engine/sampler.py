@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_unmask.engine import logprobs
-from vllm_unmask.engine.denoising import Stepped, Stepper
+from vllm_unmask.engine.denoising import Stepped
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.verification_step import Drafted
 
@@ -62,7 +62,7 @@ class BlockDiffusionSampler:
         self.geometry = model_state.geometry
         self.compute_nans = base.compute_nans
         self.sampling_states = base.sampling_states
-        self.stepper = Stepper(base, model_state)
+        self.stepper = model_state.stepper_cls(base, model_state)
         self.has_staged_writes = False
         self.num_steps = 0
 
@@ -85,7 +85,8 @@ class BlockDiffusionSampler:
         length = self.geometry.block_length
         # A prefill that ends inside a block goes back to the block's start: the
         # tail is forwarded again with the first canvas.
-        num_rejected = (input_batch.seq_lens[:num_reqs] % length).to(torch.int32)
+        num_rejected = input_batch.seq_lens[:num_reqs] % self.model_state.grid
+        num_rejected = num_rejected.to(torch.int32)
         tokens = torch.zeros(
             (num_reqs, length), dtype=torch.int64, device=logits.device
         )

@@ -52,6 +52,8 @@ class BlockDiffusionScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         served = self.vllm_config.model_config.hf_config.unmask_served
         self.block_length: int = served["block_length"]
+        # Queries start at multiples of this.
+        self.grid = self.block_length
         self.mask_token_id: int = served["mask_token_id"]
         self.uniform = served["server"]["layout"] == "uniform"
         # Routes every scheduling decision through _mamba_block_aligned_split,
@@ -182,9 +184,10 @@ class BlockDiffusionScheduler(Scheduler):
         for req_id in [req_id for req_id in num_scheduled if req_id not in drafts]:
             request = self.requests[req_id]
             known = request.num_computed_tokens + num_scheduled[req_id]
-            start = known // self.block_length * self.block_length
+            start = known // self.grid * self.grid
             end = min(start + self.block_length, self.max_model_len)
-            fits = end - known <= room and known % self.block_size > 0
+            pages = -(-known // self.block_size)
+            fits = end - known <= room and end <= pages * self.block_size
             if known < request.num_tokens or not fits:
                 continue
             room -= end - known
@@ -210,7 +213,7 @@ class BlockDiffusionScheduler(Scheduler):
             )
             if start + num_new_tokens >= request.num_tokens:
                 return num_new_tokens
-            return num_new_tokens // length * length
+            return num_new_tokens // self.grid * self.grid
         windows = self.windows.optional(request.request_id) * length
         if self._in_flight(request):
             whole = (2 + self.windows.of(request.request_id)) * length - windows

@@ -8,6 +8,7 @@ from vllm_unmask.engine.scheduler import (
     BlockDiffusionAsyncScheduler,
     BlockDiffusionScheduler,
 )
+from vllm_unmask.engine.streaming_scheduler import StreamingScheduler
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
@@ -16,9 +17,12 @@ def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
     The mode is decided after our config hook, which names this function to vLLM.
     """
     config = kwargs["vllm_config"]
+    attention = config.model_config.hf_config.unmask_served["attention"]
     cls = BlockDiffusionScheduler
-    if config.model_config.hf_config.unmask_served["attention"] == "full":
+    if attention == "full":
         cls = FullAttentionScheduler
+    elif attention == "causal":
+        cls = StreamingScheduler
     elif config.scheduler_config.async_scheduling:
         cls = BlockDiffusionAsyncScheduler
     return cls(*args, **kwargs)

@@ -88,7 +88,7 @@ def forget_trace(directory: str, req_id: str) -> None:
     _path(directory, req_id).unlink(missing_ok=True)
 
 
-class _Record:
+class Record:
     """What happened to the open block of a request, and to the next one."""
 
     def __init__(self, path: Path, length: int, step: int, speculates: bool) -> None:
@@ -107,7 +107,9 @@ class _Record:
         for events in self.open[fixed:width]:
             events.append({"step": self.step, "event": "committed"})
         self.block = {"step": self.step, "tokens": self.open[fixed:width]}
-        self.open, self.ahead = self.ahead, [[] for _ in self.open]
+        following = self.open[width:] + self.ahead
+        self.open = following[: len(self.ahead)]
+        self.ahead = [[] for _ in self.open]
 
     def end_forward(self) -> None:
         """Append the block that was reported, if any, to the file."""
@@ -137,7 +139,7 @@ class Tracer:
         self.directory = directory
         self.writes = writes
         self.length, self.mask_id = block_length, mask_id
-        self.records: dict[int, _Record] = {}
+        self.records: dict[int, Record] = {}
 
     def add_request(
         self, slot: int, req_id: str, traced: bool, speculates: bool
@@ -149,7 +151,7 @@ class Tracer:
         elif traced and self.writes:
             path = _path(self.directory, req_id)
             step = self._last_step(path)
-            self.records[slot] = _Record(path, self.length, step, speculates)
+            self.records[slot] = Record(path, self.length, step, speculates)
 
     def _last_step(self, path: Path) -> int:
         """Of the last block that the request reported before a preemption, or -1."""
@@ -216,7 +218,7 @@ class Tracer:
             record.step += counts
             record.steps += counts
             record.accepted += on_candidate
-            fixed, reported = int(num_fixed[row]), bool(num_tokens[row])
+            fixed, reported = int(num_fixed[row]), int(num_tokens[row])
             drafts = none if checked is None else checked[row].tolist()
             columns = zip(
                 before[row].tolist(),
@@ -232,18 +234,18 @@ class Tracer:
                 if fixed <= column < end:
                     self._note(record, column, *of_column, closed)
             if request is not None:
-                verified = end if reported else request.frontier
+                verified = fixed + reported if reported else request.frontier
                 for events in record.open[fixed:verified]:
                     if all(event["event"] != "verified" for event in events):
                         events.append({"step": record.step, "event": "verified"})
             if following is not None and not reported:
                 self._note_ahead(record, slot, following)
             if reported:
-                record.report(fixed, end)
+                record.report(fixed, fixed + reported)
 
     def _note(
         self,
-        record: _Record,
+        record: Record,
         column: int,
         old: int,
         new: int,
@@ -289,7 +291,7 @@ class Tracer:
             kind, sure = "resampled", {}
         events.append({"step": step, "event": kind, "token_id": new} | sure)
 
-    def _note_ahead(self, record: _Record, slot: int, following: "NextBlocks") -> None:
+    def _note_ahead(self, record: Record, slot: int, following: "NextBlocks") -> None:
         for column, token, sure in following.unmasked(slot):
             record.ahead[column].append(
                 {

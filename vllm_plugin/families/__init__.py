@@ -17,7 +17,8 @@ class Family(NamedTuple):
     exact: str  # what equals the published computation
     approximate: str  # what does not, or is not known to
     # What a position sees: "block_causal", its block and what lies before it, on a
-    # grid from position 0; or "full", everything, on a grid from the prompt's end.
+    # grid from position 0; "full", everything, on a grid from the prompt's end; or
+    # "causal", what was decided before it, in a window that moves on.
     attention: str = "block_causal"
 
 
@@ -103,6 +104,17 @@ FAMILIES: tuple[Family, ...] = (
         "`window`; steps are counted in blocks, not over the whole canvas; the "
         "release's config.json was not seen",
         attention="full",
+    ),
+    Family(
+        "WeDLMForCausalLM",
+        "wedlm",
+        "vllm_unmask.families.wedlm:WeDLMConfig",
+        "vllm_unmask.families.wedlm:WeDLMForCausalLM",
+        checkpoints="WeDLM 7B, 8B (Base, Instruct)",
+        presets=("wedlm",),
+        exact="logits, KV and prefix cache, as of the whole sequence in one forward",
+        approximate="nothing; the release's config.json was not seen",
+        attention="causal",
     ),
 )
 

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_unmask.families import ON_SERVED, family_of
 from vllm_unmask.families.full_config import prepare_full_attention
+from vllm_unmask.families.streaming_config import prepare_streaming
 from vllm_unmask.limits import refused
 from vllm_unmask.options import (
     ServerOptions,
@@ -49,6 +50,8 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         require_attention_fit(options.decoding, attention)
         if attention == "full":
             options = prepare_full_attention(vllm_config, options)
+        elif attention == "causal":
+            options = prepare_streaming(vllm_config, options)
         block_length = _block_length(vllm_config, options)
         options = replace(
             options, max_candidates=_max_candidates(vllm_config, options, block_length)
@@ -88,11 +91,11 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         rows = 2 * block_length
         if attention == "full":
             rows = vllm_config.model_config.max_model_len
-        else:
+        elif attention == "block_causal":
             _set_page_size(vllm_config, block_length)
         _set_scheduler(vllm_config, rows)
         _set_executor(vllm_config)
-        vllm_config.attention_config.use_non_causal = True
+        vllm_config.attention_config.use_non_causal = attention != "causal"
         for prepare in ON_SERVED:
             prepare()
 

@@ -15,4 +15,4 @@ class FullAttentionLM(BlockCausalLM):
 
     @staticmethod
     def get_model_state_cls() -> "type[BlockDiffusionModelState]":
-        return model_state_cls(full_attention=True)
+        return model_state_cls("full")
