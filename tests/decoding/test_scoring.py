@@ -282,22 +282,6 @@ def test_seed_position_and_step_decide_a_draw() -> None:
     assert len(set(tokens)) == 4
 
 
-def test_a_clean_batch_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cleaning NaN is a pass over all logits, for a case that hardly exists."""
-    calls = []
-    clean = torch.Tensor.nan_to_num
-
-    def count(self: torch.Tensor, *args: float, **kwargs: float) -> torch.Tensor:
-        calls.append(self.shape)
-        return clean(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "nan_to_num", count)
-    score_rows([Row([0.0, 1.0])])
-    assert calls == []
-    score_rows([Row([0.0, NAN])])
-    assert calls == [(1, 2)]
-
-
 def test_logits_are_not_written() -> None:
     """The log-probabilities of the answer are read from them afterwards."""
     logits = torch.tensor([[0.0, NAN, -INF, INF], [1.0, 2.0, 3.0, 4.0]])

@@ -13,11 +13,6 @@ from vllm_unmask.decoding.sampling import (
     uniform,
 )
 
-# Columns that one vectorised maximum covers, and logits whose softmax stays in a
-# cache. Neither changes a result; both are measured.
-_GROUP = 64
-_CACHED = 1 << 18
-
 ORDERS = ("confidence", "margin", "entropy", "random")
 
 
@@ -41,56 +36,19 @@ class Scores(NamedTuple):
     order: torch.Tensor  # float32 [rows], higher is unmasked first
 
 
-def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest logit and the smallest token that has it, each [rows].
-
-    The value is NaN in a row that has one; the token then says nothing.
-    """
-    vocab = logits.shape[1]
-    if vocab < _GROUP**2:
-        peak, token = logits.max(dim=-1)
-        return peak, token
-    # On the CPU torch vectorises a maximum, but not one that also says where.
-    # So only the groups' maxima and the winning group are searched for the place.
-    whole = vocab // _GROUP * _GROUP
-    peaks = logits[:, :whole].unflatten(1, (-1, _GROUP)).amax(dim=-1)
-    if whole < vocab:
-        rest = logits[:, whole:].amax(dim=-1, keepdim=True)
-        peaks = torch.cat((peaks, rest), dim=1)
-    peak, group = peaks.max(dim=-1, keepdim=True)
-    columns = group * _GROUP + torch.arange(_GROUP, device=logits.device)
-    # A last group that is not full repeats its last column, which wins no tie.
-    columns.clamp_(max=vocab - 1)
-    place = logits.gather(1, columns).argmax(dim=-1, keepdim=True)
-    return peak.squeeze(1), columns.gather(1, place).squeeze(1)
-
-
 def _top_finite(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``logits`` with NaN as -inf, and the most likely token of each row.
 
-    NaN must never win an argmax, which torch would let it.
+    NaN must never win an argmax, which torch would let it. Of equal logits the
+    smallest token wins.
     """
-    # Looking for NaN first saves a pass over all logits, but off the CPU it would
-    # wait for the device.
-    if logits.device.type == "cpu":
-        peak, tokens = _top(logits)
-        if not bool(peak.isnan().any()):
-            return logits, tokens
     logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return logits, _top(logits)[1]
+    return logits, logits.max(dim=-1).indices
 
 
 def _softmax_at(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Probability of one token a row, float32 [rows]."""
-    index = tokens.unsqueeze(1)
-    if logits.device.type == "cpu" and logits.numel() > _CACHED:
-        # Nothing else reads these probabilities: a few rows at a time, so that
-        # they are not written out to memory.
-        step = max(1, _CACHED // logits.shape[1])
-        parts = zip(logits.split(step), index.split(step), strict=True)
-        at = torch.cat([rows.softmax(dim=-1).gather(1, i) for rows, i in parts])
-    else:
-        at = logits.softmax(dim=-1).gather(1, index)
+    at = logits.softmax(dim=-1).gather(1, tokens.unsqueeze(1))
     return at.squeeze(1).nan_to_num_(nan=0.0)
 
 
