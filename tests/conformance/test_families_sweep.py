@@ -4,17 +4,22 @@
 Too long for every run; ``make conformance`` runs it.
 """
 
+import json
 import random
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import engine_calls
+import jsonschema
 import pytest
+import structured_calls
 from cached_reference import as_llada, decode_cached
 from checkpoints import EOS, write_checkpoint
 from conformance.test_exactness_sweep import choose_scheduled, random_engine
 from dense_reference import choose_threshold
+from e2e.test_families import DEMO, IDS, SCHEMA
 from engine_process import EngineProcess
 from family_references import REFERENCES
 
@@ -164,3 +169,61 @@ def test_caches_equal_those_in_plain_torch(
     with EngineProcess(model=str(tmp_path), block_size=32) as engine:
         outputs = engine.run(engine_calls.generate, prompts, params)
     assert [output["tokens"] for output in outputs] == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_structured_output_is_valid(architecture: str, tmp_path: Path) -> None:
+    """With random weights, by every recommended strategy and with speculation."""
+    write_checkpoint(tmp_path, REFERENCES[architecture].config(8, **IDS))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, tmp_path)
+    family = next(f for f in FAMILIES if f.architecture == architecture)
+    careful = ("static", "threshold")
+    # What needs a final cache, or remembers a block.
+    speculates = family.attention == "block_causal"
+    others = ("s2d2", "credit+sub_blocks") if speculates else ()
+    asked = [
+        {
+            "structured_outputs": {"json": SCHEMA},
+            "temperature": temperature,
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "extra_args": {"unmask_strategy": strategy},
+        }
+        for strategy in (*careful, *family.presets, *others)
+        for temperature, seed in ((0.0, 1), (0.7, 1), (1.0, 2))
+        for max_tokens in (48, 120)
+    ]
+    with EngineProcess(
+        model=str(tmp_path),
+        skip_tokenizer_init=False,
+        block_size=32,
+        additional_config={"unmask": {"adaptive_candidates": False}},
+    ) as engine:
+        texts = [f"number {i}" for i in range(len(asked))]
+        answers = engine.run(structured_calls.chat, texts, asked)
+        plain = [
+            i for i, p in enumerate(asked) if speculates and _strategy(p) in careful
+        ]
+        faster = [
+            asked[i]
+            | {"extra_args": {"unmask_strategy": f"{_strategy(asked[i])}+freedave"}}
+            for i in plain
+        ]
+        again = engine.run(structured_calls.chat, [texts[i] for i in plain], faster)
+    for param, answer in zip(asked, answers, strict=True):
+        assert _is_valid(answer["text"]), (param, answer["text"])
+    for i, answer in zip(plain, again, strict=True):
+        assert answer["tokens"] == answers[i]["tokens"], asked[i]
+
+
+def _strategy(params: dict[str, Any]) -> str:
+    return str(params["extra_args"]["unmask_strategy"])
+
+
+def _is_valid(text: str) -> bool:
+    try:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True

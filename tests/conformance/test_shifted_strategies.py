@@ -88,6 +88,13 @@ def test_sampling_parameters(engine: EngineProcess, options: dict[str, Any]) -> 
     speculation.test_sampling_parameters(engine, options)
 
 
+@pytest.mark.parametrize("strategy", ["static", "threshold+edit", "static+remdm"])
+def test_trace_is_that_of_careful_decoding(
+    engine: EngineProcess, strategy: str
+) -> None:
+    speculation.test_trace_is_that_of_careful_decoding(engine, strategy)
+
+
 def ahead_recorded(llm: Any, prompt: list[int], params: dict[str, Any]) -> Any:
     """Of each step of a request: known ids, the two blocks, the next block's logits."""
     runner = engine_calls.model_runner(llm)

@@ -65,7 +65,7 @@ def read(
         [open_rows(row.tolist()), *more],
         speculating,
     )
-    rows = torch.cat([*parts, prefills])
+    rows = torch.cat(parts + prefills)
     assert (rows >= 0).all()
     return made.exchange(states(rows))[:, 0].int().tolist()
 
@@ -141,7 +141,7 @@ def test_other_rows_are_left_alone() -> None:
     made = carry()
     some = states(torch.arange(5))
     assert made.exchange(some) is some
-    assert len(made.read_prefills(batch([0], [5], None))) == 0
+    assert made.read_prefills(batch([0], [5], None)) == []
     assert made.exchange(some) is some
     assert (made.hidden == -9).all()
     # A step is exchanged once: what comes after it are other rows.

@@ -27,7 +27,8 @@ class _Exchange(NamedTuple):
     carried: torch.Tensor  # bool [requests], the first one's row is not among them
     # int64 [n], two of them: rows of windows, and the rows that they are copies of.
     windows: tuple[torch.Tensor, torch.Tensor] | None
-    prefills: torch.Tensor  # int64 [prefills] -> request slot, the last rows are theirs
+    # int64 [prefills] -> request slot, the last rows are theirs; None without any.
+    prefills: torch.Tensor | None
 
 
 class Carry:
@@ -53,11 +54,12 @@ class Carry:
         self.hidden = torch.zeros(
             (max_num_reqs, hidden_size), dtype=dtype, device=device
         )
-        self.prefills = torch.zeros(0, dtype=torch.int64, device=device)
+        self.nobody = torch.zeros(0, dtype=torch.int64, device=device)
+        self.prefills: torch.Tensor | None = None
         self.exchanging: _Exchange | None = None
 
-    def read_prefills(self, batch: InputBatch) -> torch.Tensor:
-        """The rows that prompts are carried on from, int64 [prefills].
+    def read_prefills(self, batch: InputBatch) -> list[torch.Tensor]:
+        """The rows that prompts are carried on from, int64 [prefills], if any are.
 
         Of each query without a canvas the last row that ends a block; the last chunk of
         a prompt wins. The sampler sees no logits of them.
@@ -65,20 +67,23 @@ class Carry:
         Args:
             batch: vLLM's.
         """
-        device, self.exchanging = self.hidden.device, None
+        device, self.exchanging, self.prefills = self.hidden.device, None, None
         num_drafts = batch.num_draft_tokens_per_req
-        if num_drafts is None:  # a dummy batch
-            return self.prefills.new_zeros(0)
+        if num_drafts is None or num_drafts.all():
+            # A dummy batch, or one without a prompt.
+            return []
         num_final = batch.num_scheduled_tokens[: batch.num_reqs]
         num_final = num_final // self.length * self.length
         prefills = np.flatnonzero((num_drafts == 0) & (num_final > 0))
+        if not len(prefills):
+            return []
         self.prefills = async_tensor_h2d(
             batch.idx_mapping_np[prefills], device=device, dtype=torch.int64
         )
         rows = batch.query_start_loc_np[prefills] + num_final[prefills] - 1
-        nobody = self.prefills[:0]
+        nobody = self.nobody
         self.exchanging = _Exchange(nobody, nobody.bool(), None, self.prefills)
-        return async_tensor_h2d(rows, device=device, dtype=torch.int64)
+        return [async_tensor_h2d(rows, device=device, dtype=torch.int64)]
 
     def read_canvases(
         self,
@@ -157,9 +162,10 @@ class Carry:
         plan, self.exchanging = self.exchanging, None
         if plan is None:
             return hidden
-        num_logits = len(hidden) - len(plan.prefills)
-        self.hidden[plan.prefills] = hidden[num_logits:]
-        hidden = hidden[:num_logits]
+        if plan.prefills is not None:
+            num_logits = len(hidden) - len(plan.prefills)
+            self.hidden[plan.prefills] = hidden[num_logits:]
+            hidden = hidden[:num_logits]
         blocks = hidden[: len(plan.slots) * self.length : self.length]
         carried = self.hidden[plan.slots]
         blocks.copy_(torch.where(plan.carried.unsqueeze(1), carried, blocks))

@@ -211,9 +211,9 @@ class BlockDiffusionModelState(ModelState):
         num_drafts = input_batch.num_draft_tokens_per_req
         prefills = []
         if self.carry is not None:
-            prefills = [self.carry.read_prefills(input_batch)]
+            prefills = self.carry.read_prefills(input_batch)
         if num_drafts is None or not num_drafts.any():
-            if prefills and num_drafts is not None:
+            if prefills:
                 (input_batch.logits_indices,) = prefills
             return {}
         length = self.geometry.block_length
@@ -265,8 +265,10 @@ class BlockDiffusionModelState(ModelState):
             logits_rows = self.carry.read_canvases(
                 slots, first, query_start + first, fixed, logits_rows, speculating
             )
-        if len(logits_rows + prefills) > 1:
-            input_batch.logits_indices = torch.cat(logits_rows + prefills)
+            logits_rows += prefills
+        if len(logits_rows) > 1:
+            logits_rows = [torch.cat(logits_rows)]
+        (input_batch.logits_indices,) = logits_rows
         self.denoising = DenoisingRows(
             batch_index, slots_np, slots, width, num_open, start, ahead, speculating
         )
