@@ -262,7 +262,8 @@ class WindowPlan:
     def start(self, num_running: int, usual: bool) -> None:
         """The step begins; `usual` without a prompt in it."""
         if self.depth is not None:
-            self.depth.start(num_running, self.allowed, usual and self.measured)
+            measured = usual and self.measured and num_running > 0
+            self.depth.start(num_running, self.allowed, measured)
 
     def finish(self, num_saved: float) -> None:
         """The oldest step under way ends; its windows served so many steps."""
