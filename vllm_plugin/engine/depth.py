@@ -27,7 +27,7 @@ _TRIAL = 16
 # Share of the time that speculation may lose.
 _BUDGET = 0.01
 # Credit, in plain steps: at first, at most, and what it takes to begin.
-_START, _MOST, _STAKE = 4.0, 32.0, 2.0
+_START, _MOST, _STAKE = 2.0, 32.0, 2.0
 # Trials after which a depth beside one that pays is tried again: at first, at most.
 _SOON, _LATE = 8, 128
 # Weight of what was measured before, when a trial begins.
