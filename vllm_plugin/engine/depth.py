@@ -26,7 +26,7 @@ _TRIAL = 16
 # Share of the time that speculation may lose.
 _BUDGET = 0.01
 # Credit, in plain steps: at first, at most, and what it takes to begin.
-_START, _MOST, _STAKE = 4.0, 32.0, 2.0
+_START, _MOST, _STAKE = 2.0, 32.0, 2.0
 # Trials after which a depth beside one that pays is tried again: at first, at most.
 _SOON, _LATE = 8, 128
 # Weight of what was measured before, when a trial begins.
@@ -268,7 +268,8 @@ class WindowPlan:
     def start(self, num_running: int, usual: bool) -> None:
         """The step begins; `usual` without a prompt in it."""
         if self.depth is not None:
-            self.depth.start(num_running, self.allowed, usual and self.measured)
+            measured = usual and self.measured and num_running > 0
+            self.depth.start(num_running, self.allowed, measured)
 
     def finish(self, num_saved: float) -> None:
         """The oldest step under way ends; its windows served so many steps."""

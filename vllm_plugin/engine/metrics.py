@@ -109,12 +109,6 @@ class _Collector:
     def __init__(self) -> None:
         self.files: list[np.memmap[Any, Any]] = []
 
-    def describe(self) -> Iterator[Metric]:
-        # vLLM's names are not claimed: another engine here may register them.
-        for name, text in COUNTERS.items():
-            yield CounterMetricFamily(f"vllm:unmask_{name}", text)
-        yield HistogramMetricFamily(f"vllm:unmask_{_STEP}", "")
-
     def collect(self) -> Iterator[Metric]:
         total = np.zeros(_COLUMNS)
         for values in self.files:
@@ -122,6 +116,7 @@ class _Collector:
         counted = dict(zip(COUNTERS, total, strict=False))
         for name, value in counted.items():
             yield CounterMetricFamily(f"vllm:unmask_{name}", COUNTERS[name], value)
+        # Not claimed at registration: another engine here may have vLLM's own.
         if counted["speculation_verified"]:
             for name, (whole, *less) in _DRAFTS.items():
                 value = counted[whole] - sum(counted[other] for other in less)
