@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import xgrammar
-from checkpoints import sdar_config, write_checkpoint
+from checkpoints import sdar_config, wedlm_config, write_checkpoint
 from engine_process import EngineProcess
 from jsonschema.exceptions import ValidationError
 from jsonschema.validators import validator_for
@@ -29,7 +29,7 @@ DEMO = EXAMPLES / "demo_model"
 VOCAB = 512
 STOP_IDS = (1, 0)
 CONTEXT = 1024
-MODELS = ("demo", "random")
+MODELS = ("demo", "random", "window")
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
 
 
@@ -66,13 +66,17 @@ def load_corpus() -> ModuleType:
 
 
 def engine(model: str, folder: Path) -> EngineProcess:
-    """The demo model, or random weights behind the demo model's tokenizer."""
+    """The demo model, or random weights behind the demo model's tokenizer.
+
+    The latter with blocks of 8, or with a streaming window of 16.
+    """
     path = DEMO / "sdar"
-    if model == "random":
+    if model != "demo":
         path = folder
-        config = sdar_config(
-            8, vocab_size=VOCAB, mask_token_id=4, eos_token_id=1, bos_token_id=None
-        )
+        ids = {"vocab_size": VOCAB, "mask_token_id": 4, "eos_token_id": 1}
+        config = wedlm_config(**ids)
+        if model == "random":
+            config = sdar_config(8, bos_token_id=None, **ids)
         write_checkpoint(path, config, seed=3)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(DEMO / "sdar" / file, path)

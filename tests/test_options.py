@@ -26,7 +26,12 @@ from vllm_unmask.options import (
     server_options_from_dict,
     server_options_to_dict,
 )
-from vllm_unmask.requirements import require_attention_fit, require_filter
+from vllm_unmask.presets import FILLERS
+from vllm_unmask.requirements import (
+    require_attention_fit,
+    require_filter,
+    require_seeds_fit,
+)
 
 DEFAULTS = DecodingOptions()
 STATIC = DecodingOptions(strategy="static")
@@ -337,6 +342,31 @@ def test_options_of_full_attention() -> None:
         require_attention_fit(named, "block_causal", "unmask_")
     with pytest.raises(OptionError, match="unmask_refresh=4 has no effect .*cache=non"):
         parse_request_options({"unmask_refresh": 4}, DEFAULTS, 8)
+
+
+@pytest.mark.parametrize("filler", FILLERS)
+def test_what_needs_blocks_is_not_for_a_streaming_window(filler: str) -> None:
+    """All that remembers, revises, looks ahead, speculates, or has a grid."""
+    options = DecodingOptions(strategy=filler)
+    kept = {"static", "threshold", "factor", "local_leap", "hierarchy", "cad"}
+    kept |= {"entropy_bounded", "entropy_threshold", "entropy_distance"}
+    kept |= {"eos_rejection", "end_of_text"}
+    if filler in kept:
+        require_attention_fit(options, "causal")
+        return
+    with pytest.raises(OptionError, match=f"expected a strategy without {filler}"):
+        require_attention_fit(options, "causal")
+
+
+def test_schedules_and_seeds_of_a_streaming_window() -> None:
+    options = DecodingOptions(strategy="static", step_sizes="ascending")
+    require_attention_fit(options, "block_causal")
+    with pytest.raises(OptionError, match="unmask_step_sizes='ascending'.*linear"):
+        require_attention_fit(options, "causal", "unmask_")
+    require_seeds_fit(None, "causal", "seeds")
+    require_seeds_fit((1, 2), "full", "seeds")
+    with pytest.raises(OptionError, match=r"seeds=\(1, 2\) is not possible"):
+        require_seeds_fit((1, 2), "causal", "seeds")
 
 
 @pytest.mark.parametrize("strategy", ["lookahead", "freedave", "threshold+s2d2"])

@@ -88,7 +88,11 @@ def test_random_engine_equals_dense_decoding(
 ) -> None:
     seed = BLOCKS.index(block)
     settings = random_engine(random.Random(seed), block)
-    if family_of(architecture).attention == "full":
+    attention = family_of(architecture).attention
+    if attention == "causal":
+        settings["async_scheduling"] = False
+        settings["additional_config"] = {}
+    if attention == "full":
         settings["async_scheduling"] = False
         settings["additional_config"] = {"unmask": {"window": 0}}
         budget = settings["max_num_batched_tokens"]

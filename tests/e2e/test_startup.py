@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB, llada_config, sdar_config
+from checkpoints import VOCAB, llada_config, sdar_config, wedlm_config
 from e2e.server import VLLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -62,6 +62,26 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "block length 300": (
         ours(block_length=300) | {"max_model_len": 1024},
         ["block_length=300", "an integer from 1 to 256"],
+    ),
+    "lookahead in a window": (
+        ours(strategy="lookahead") | {"model": "window"},
+        ["strategy='lookahead' needs blocks", "a strategy without lookahead"],
+    ),
+    "speculation in a window": (
+        ours(max_candidates=4) | {"model": "window"},
+        ["max_candidates=4 is not possible", "expected 1"],
+    ),
+    "layout of a window": (
+        ours(layout="uniform") | {"model": "window"},
+        ["layout='uniform' has no use", "auto or exact"],
+    ),
+    "causal cache of a window": (
+        ours(causal_kv=True) | {"model": "window"},
+        ["causal_kv=True has no use", "expected false"],
+    ),
+    "asynchronous scheduling of a window": (
+        {"model": "window", "async_scheduling": True},
+        ["--async-scheduling is not supported", "remove it"],
     ),
     "block length as text": (
         ours(block_length="8"),
@@ -178,6 +198,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 ACCEPTED: dict[str, dict[str, Any]] = {
     "nothing": {},
     "block length": ours(block_length=8),
+    "window": ours(strategy="wedlm", block_length=24)
+    | {"model": "window", "block_size": 32},
     "block length and page": ours(block_length=16) | {"block_size": 32},
     "mask id null": ours(mask_token_id=VOCAB - 1) | {"model": "mask null"},
     "mask id absent": ours(mask_token_id=0) | {"model": "mask absent"},
@@ -199,6 +221,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in {
         "good": sdar_config(4),
         "block 300": sdar_config(300),
+        "window": wedlm_config(),
         "mask null": sdar_config(4, mask_token_id=None),
         "mask absent": sdar_config(4, mask_token_id=...),
         "full": llada_config(4),
