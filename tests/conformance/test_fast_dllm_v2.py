@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import e2e.test_verification as verification
 import engine_calls
 import pytest
 import torch
@@ -181,3 +182,23 @@ def test_company_and_preemption_change_nothing(
     together, counts = causal.run(engine_calls.generate_counting, prompts(), asked)
     assert counts["preemptions"] > 0
     assert [answer["tokens"] for answer in together] == alone
+
+
+@pytest.fixture(scope="module")
+def one_by_one(checkpoint: Any) -> Iterator[EngineProcess]:
+    """The same weights in autoregressive mode: blocks of one position."""
+    with EngineProcess(
+        model=str(checkpoint[0]),
+        max_model_len=96,
+        block_size=32,
+        max_logprobs=-1,
+        additional_config={"unmask": {"block_length": 1}},
+    ) as engine:
+        yield engine
+
+
+def test_the_law_of_whole_sequences(
+    causal: EngineProcess, one_by_one: EngineProcess
+) -> None:
+    """The last one: it takes other weights."""
+    verification.test_the_law_of_whole_sequences(causal, one_by_one)
