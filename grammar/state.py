@@ -93,7 +93,7 @@ class GrammarState:
         # Completes the output from the frontier. None while its length in bytes
         # proves that one fits, so that it need not be spelled out.
         self._witness: tuple[int, ...] | None = None
-        self._stalled = False
+        self.stalled = False  # the last step left the frontier to the next one
         self._lead = b""  # last byte of the output
         if closer and not self._fits(self._parse, max_tokens):
             raise ValueError(f"no complete output fits into {max_tokens=}")
@@ -186,8 +186,8 @@ class GrammarState:
                 lead = self._look_ahead(ids, frontier + 1, choices)
                 looked_ahead = lead is not None
             doubtful = lead is None and bool(choices)
-            self._stalled = doubtful and unmasked and not self._stalled
-            if not self._stalled:
+            self.stalled = doubtful and unmasked and not self.stalled
+            if not self.stalled:
                 if sampled and standing is None:
                     lead = tokens[frontier]
                 if lead is not None and choices:

@@ -381,11 +381,17 @@ def test_grammar_with_random_weights(served: Served) -> None:
         for temperature in (0.0, 1.0)
         for extra in (STATIC, THRESHOLD)
     ]
-    answers = served.engine.run(
-        structured_calls.chat, ["one", "two", "three", "four"], params
-    )
+    messages = ["one", "two", "three", "four"]
+    answers = served.engine.run(structured_calls.chat, messages, params)
     for answer in answers:
         jsonschema.validate(json.loads(answer["text"]), SCHEMA)
+    if served.attention == "causal":
+        # What is decided and not verified yet is kept.
+        again, preempted = served.engine.run(
+            structured_calls.chat_preempted, messages, params, 3
+        )
+        assert preempted
+        assert [a["tokens"] for a in again] == [a["tokens"] for a in answers]
 
 
 def test_preempted_requests_go_on_as_if_nothing_happened(served: Served) -> None:

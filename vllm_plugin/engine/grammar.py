@@ -45,6 +45,8 @@ class GrammarRequest:
         # that was reported before; output index of the column after them.
         self.num_fixed = num_fixed
         self.first = len(output_ids)
+        # Whether the frontier was left to the next step, before a preemption.
+        self.stalled = False
         self.failed = False
         self.num_forced = 0  # columns that the guard wrote in the last step
         self.closed = False  # by the guard, and counted
@@ -200,6 +202,7 @@ class Grammars:
                 stop_ids=request.record["stop_ids"],
                 verified=request.output_ids,
             )
+            request.state.stalled = request.stalled
         except Exception:
             self.fail(request)
 

@@ -36,6 +36,7 @@ class Left(NamedTuple):
     step: torch.Tensor  # int64, a row of `Canvas.step`
     logprobs: LogprobsTensors | None
     trace: "Record | None"
+    stalled: bool  # of its grammar
 
 
 class StreamingStepper(Stepper):
@@ -103,12 +104,16 @@ class StreamingModelState(BlockDiffusionModelState):
             self.returned[req_index] = left.logprobs
         if left.trace is not None:
             self.tracer.records[req_index] = left.trace
+        if (request := self.grammars.requests.get(req_index)) is not None:
+            request.stalled = left.stalled
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished request; keep what a preempted one has decided."""
-        super().remove_request(req_id)
-        if (slot := self.slots.pop(req_id, None)) is None:
+        slot = self.slots.pop(req_id, None)
+        if slot is None:
             return
+        request = self.grammars.requests.get(slot)
+        super().remove_request(req_id)
         assert self.logprobs is not None
         canvas = self.states.canvas
         # Which of the two it is nobody says, so the oldest go.
@@ -117,6 +122,7 @@ class StreamingModelState(BlockDiffusionModelState):
             canvas.step[slot].clone(),
             self.logprobs.kept.get(slot),
             self.tracer.records.get(slot),
+            request is not None and (request.state or request).stalled,
         )
         while len(self.left) > self.max_num_reqs:
             self.left.popitem(last=False)
