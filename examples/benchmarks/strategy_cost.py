@@ -52,7 +52,14 @@ from vllm_unmask.request_options import DecodingOptions  # noqa: E402
 # These read more of a row than its largest logits and its entropy, or change it.
 WHOLE_ROW = {"klass", "credit"}
 # From what these read, the scores of greedy requests follow.
-SHARED = {"entropy_bounded", "entropy_distance", "entropy_threshold", "edit"}
+SHARED = {
+    "entropy_bounded",
+    "entropy_distance",
+    "entropy_threshold",
+    "edit",
+    "prophet",
+    "sched",
+}
 TARGET = 0.05  # of the forward, for all others
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -19,7 +19,7 @@ from vllm_unmask.decoding.fusing import (
     update_credit,
 )
 from vllm_unmask.decoding.learned import Filter
-from vllm_unmask.decoding.reading import row_statistics
+from vllm_unmask.decoding.reading import orders_read, row_statistics
 from vllm_unmask.decoding.rules import Inputs, accept, scheduled
 from vllm_unmask.decoding.sampling import REMASK_STREAM, uniform
 from vllm_unmask.decoding.scoring import Scores
@@ -102,8 +102,9 @@ def read_logits(
         state["credit"] = credit
         fuse_credit(logits, credit, p["credit_weight"])
         return Evidence(statistics, own)
-    orders = {0, 1, 2} if entropy else {0, 1} if probability else set()
-    return Evidence(statistics, own, frozenset(orders))
+    if statistics is None:
+        return Evidence(None, own)
+    return Evidence(statistics, own, orders_read(logits, entropy, probability))
 
 
 def _own_probability(

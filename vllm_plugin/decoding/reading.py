@@ -29,6 +29,15 @@ def row_statistics(
     return RowStatistics(found.tokens, found.probability, found.gap, found.entropy)
 
 
+def orders_read(
+    logits: torch.Tensor, entropy: bool, probability: bool
+) -> frozenset[int]:
+    """Indices into ``ORDERS`` that `row_statistics` of these arguments is enough for."""
+    if entropy or logits.device.type == "cpu":
+        return frozenset((0, 1, 2))
+    return frozenset((0, 1)) if probability else frozenset()
+
+
 def score(
     logits: torch.Tensor,
     rows: SamplingRows | None,

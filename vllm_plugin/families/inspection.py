@@ -19,6 +19,10 @@ _ATTENTION = {
         "full: a position sees prompt and canvas",
         ["none (exact)", "prefix (approximate)", "dual (approximate)"],
     ),
+    "causal": (
+        "causal, in the order that a step reads: known tokens, decided ones, masks",
+        ["exact"],
+    ),
 }
 
 
