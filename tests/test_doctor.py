@@ -173,7 +173,8 @@ def test_checkpoint_that_is_served(
     code, found = checkpoint(capsys, tmp_path)
     assert (code, found["refused"]) == (0, None)
     full = family.attention == "full"
-    assert found.pop("attention").startswith("full: " if full else "block-causal: ")
+    kind = family.attention.replace("_", "-")
+    assert found.pop("attention").startswith(kind)
     approximate = ["prefix (approximate)", "dual (approximate)"]
     exact = ["none (exact)", *approximate] if full else ["exact"]
     assert found.pop("cache") == exact

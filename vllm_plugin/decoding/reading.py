@@ -32,7 +32,7 @@ def row_statistics(
 def orders_read(
     logits: torch.Tensor, entropy: bool, probability: bool
 ) -> frozenset[int]:
-    """Indices into ``ORDERS`` that `row_statistics` of these arguments is enough for."""
+    """Indices into ``ORDERS`` that `row_statistics` of these is enough for."""
     if entropy or logits.device.type == "cpu":
         return frozenset((0, 1, 2))
     return frozenset((0, 1)) if probability else frozenset()

@@ -20,7 +20,7 @@ _ATTENTION = {
         ["none (exact)", "prefix (approximate)", "dual (approximate)"],
     ),
     "causal": (
-        "causal, in the order that a step reads: known tokens, decided ones, masks",
+        "causal: known tokens, then decided ones, then masks",
         ["exact"],
     ),
 }
