@@ -88,8 +88,8 @@ POLICIES = (
     Policy("prefix", refresh=4),
     Policy("dual"),
     Policy("dual", refresh=4),
-    Policy("none", window=64),
-    Policy("dual", window=64),
+    Policy("none", window=32),
+    Policy("dual", window=32),
 )
 
 
