@@ -208,9 +208,3 @@ class StreamingModelState(BlockDiffusionModelState):
             batch_index, slots_np, slots, width, width, start, None, None
         )
         return {}
-
-    def num_rolled_back(
-        self, rows: DenoisingRows, complete: torch.Tensor
-    ) -> torch.Tensor:
-        """The windows: whatever was reported before them is final."""
-        return rows.num_open
