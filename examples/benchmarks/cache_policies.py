@@ -18,8 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 # Not a package: the tests import this file by its path.
 sys.path[:0] = [str(HERE)]
 
-from throughput import commit, cpu_name, say  # noqa: E402
+from machine import load_average, say, surroundings  # noqa: E402
 
 BLOCK = 32
 # Head size 64. 50 M parameters, of which a fifth are embedding and head.
@@ -288,7 +286,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(args.threads),
         "HF_HUB_OFFLINE": "1",
     }
-    load = [os.getloadavg()[0]]
+    load = load_average()
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), CONFIG)
         engine = Engine(Path(folder), sizes, args.steps)
@@ -298,25 +296,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for policy in POLICIES:
             say(f"repeat {repeat + 1} of {repeats}: {policy.label}")
             samples.append(engine.measure(policy, repeat))
-    load.append(os.getloadavg()[0])
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "vllm-unmask": version("vllm-unmask"),
-        },
-        "cpu": cpu_name(),
-        "threads": args.threads,
-        "parameters": sum(torch.Size(s).numel() for s in shapes(CONFIG).values()),
-        "block_length": BLOCK,
-        "steps": args.steps,
+    environment = surroundings(
+        load,
+        threads=args.threads,
+        parameters=sum(torch.Size(s).numel() for s in shapes(CONFIG).values()),
+        block_length=BLOCK,
+        steps=args.steps,
         **sizes._asdict(),
-        # More than the threads keep busy means that something else ran too.
-        "load_average_before_and_after": load,
-        "command": ["cache_policies.py", *sys.argv[1:]],
-    }
+    )
     return assemble(samples, environment)
 
 

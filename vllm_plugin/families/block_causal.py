@@ -102,11 +102,8 @@ class BlockCausalLM(nn.Module):
         }
         expected = {name for names in published.values() for name in names}
         # A tied head may be there, and is then dropped.
-        allowed = {
-            self.checkpoint_name(name)
-            for parameter, _ in self.named_parameters(remove_duplicate=False)
-            for name in published_names(parameter, experts)
-        }
+        again = {p for p, _ in self.named_parameters(remove_duplicate=False)}
+        allowed = {self.checkpoint_name(name) for name in again - published.keys()}
         if self._quantized:
             if missing := sorted(_modules(expected) - _modules(found)):
                 raise _other_checkpoint(f"lacks {_some(missing)}")
