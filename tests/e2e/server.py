@@ -20,6 +20,9 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    # On a busy machine a pause passes for idleness, and the server hangs up in the
+    # moment in which the client, which must not try again, sends its next request.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 
 
