@@ -121,6 +121,58 @@ def build_block_causal_metadata(
     return metadata
 
 
+def build_row_metadata(
+    input_batch: InputBatch,
+    block_tables: tuple[torch.Tensor, ...],
+    slot_mappings: torch.Tensor,
+    attn_groups: list[list[AttentionGroup]],
+    kv_cache_config: KVCacheConfig,
+    causal: bool,
+    beyond: np.ndarray[Any, Any] | None = None,
+) -> dict[str, Any]:
+    """Attention metadata of a batch with one row a request, for the backend as it is.
+
+    Args:
+        input_batch: vLLM's batch.
+        block_tables: of each KV group, gathered for the batch.
+        slot_mappings: of each KV group.
+        attn_groups: of each KV group.
+        kv_cache_config: of the engine.
+        causal: whether a query position sees nothing to its right.
+        beyond: int64 [requests], positions in the cache behind each query that it
+            sees as well; None for none.
+
+    Returns:
+        As `build_block_causal_metadata`.
+    """
+    num_reqs = input_batch.num_reqs
+    seq_lens = input_batch.seq_lens[:num_reqs]
+    upper_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
+    if beyond is not None:
+        seq_lens = seq_lens + async_tensor_h2d(
+            beyond, device=seq_lens.device, dtype=seq_lens.dtype
+        )
+        upper_bound = upper_bound + torch.from_numpy(beyond).to(upper_bound.dtype)
+    return build_attn_metadata(
+        attn_groups=attn_groups,
+        num_reqs=num_reqs,
+        num_tokens=input_batch.num_tokens,
+        query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
+        query_start_loc_cpu=torch.from_numpy(
+            input_batch.query_start_loc_np[: num_reqs + 1]
+        ),
+        max_query_len=int(input_batch.num_scheduled_tokens.max()),
+        seq_lens=seq_lens,
+        max_seq_len=int(upper_bound.max()),
+        block_tables=block_tables,
+        slot_mappings=slot_mappings,
+        kv_cache_config=kv_cache_config,
+        seq_lens_cpu_upper_bound=upper_bound,
+        positions=input_batch.positions,
+        causal=causal,
+    )
+
+
 def count_final_rows(
     batch: InputBatch, pending: torch.Tensor, length: int, asynchronous: bool
 ) -> torch.Tensor:

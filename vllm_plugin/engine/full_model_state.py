@@ -1,35 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """ModelState of the families in which every position sees every other one."""
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.decoding.canvas import active_ids
+from vllm_unmask.engine.attention import build_row_metadata
 from vllm_unmask.engine.full_scheduler import refresh_period
 from vllm_unmask.engine.model_state import BlockDiffusionModelState
 from vllm_unmask.engine.rows import DenoisingRows
-from vllm_unmask.options import admitted_options
-
-
-class Queries(NamedTuple):
-    """The queries of a step, in the batch's order; int64 [requests]."""
-
-    first: np.ndarray[Any, Any]  # row of the batch where the query begins
-    length: np.ndarray[Any, Any]
-    beyond: np.ndarray[Any, Any]  # canvas positions behind it, read from the cache
+from vllm_unmask.options import DecodingOptions
 
 
 class FullAttentionModelState(BlockDiffusionModelState):
@@ -53,21 +42,13 @@ class FullAttentionModelState(BlockDiffusionModelState):
         # open block's first; int64 on the device.
         self.period = torch.ones(self.max_num_reqs, dtype=torch.int64, device=device)
         self.num_steps = torch.zeros_like(self.period)
-        self.queries: Queries | None = None
 
     def num_fixed(self, num_tokens: int, num_prompt: int) -> int:
         return 0
 
-    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        super().add_request(req_index, new_req_data)
-        params = new_req_data.sampling_params
-        options = admitted_options(
-            params and params.extra_args,
-            self.default_options,
-            self.geometry.block_length,
-        )
-        self.period[req_index] = refresh_period(options)
-        self.num_steps[req_index] = 0
+    def _admit(self, slot: int, options: DecodingOptions) -> None:
+        self.period[slot] = refresh_period(options)
+        self.num_steps[slot] = 0
 
     def prepare_attn(
         self,
@@ -81,46 +62,27 @@ class FullAttentionModelState(BlockDiffusionModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         """One row a request for the backend: its query sees all of its canvas."""
-        num_reqs = input_batch.num_reqs
-        self.queries = self._locate(input_batch)
-        upper_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
-        seq_lens = input_batch.seq_lens[:num_reqs]
-        if self.queries is not None and self.queries.beyond.any():
-            beyond = torch.from_numpy(self.queries.beyond).to(torch.int32)
-            upper_bound = upper_bound + beyond
-            seq_lens = seq_lens + beyond.to(seq_lens.device)
-        starts = torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1])
-        return build_attn_metadata(
-            attn_groups=attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=starts,
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
-            seq_lens=seq_lens,
-            max_seq_len=int(upper_bound.max()),
-            block_tables=block_tables,
-            slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=upper_bound,
-            positions=input_batch.positions,
+        beyond = self._beyond(input_batch)
+        return build_row_metadata(
+            input_batch,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
             causal=False,
+            beyond=beyond,
         )
 
-    def _locate(self, batch: InputBatch) -> Queries | None:
-        """The queries of a batch; None of one that vLLM made up."""
-        if batch.num_draft_tokens_per_req is None:
+    def _beyond(self, batch: InputBatch) -> np.ndarray[Any, Any] | None:
+        """Canvas positions behind each query, int64 [requests]; None if nowhere any."""
+        if batch.num_draft_tokens_per_req is None:  # a dummy batch
             return None
         length = batch.num_scheduled_tokens.astype(np.int64)
-        start = batch.num_computed_tokens_np
-        slots = batch.idx_mapping_np
+        start, slots = batch.num_computed_tokens_np, batch.idx_mapping_np
         full = start == 0
         self.canvas_end[slots[full]] = length[full]
-        return Queries(
-            batch.query_start_loc_np[: len(length)].astype(np.int64),
-            length,
-            np.maximum(self.canvas_end[slots] - start - length, 0),
-        )
+        beyond = np.maximum(self.canvas_end[slots] - start - length, 0)
+        return beyond if beyond.any() else None
 
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
@@ -129,19 +91,19 @@ class FullAttentionModelState(BlockDiffusionModelState):
         self.denoising = None
         if self.carry is not None:
             self.carry.read_prefills(input_batch)
-        if self.queries is None:
+        if input_batch.num_draft_tokens_per_req is None:
             return {}
         length, mask_id = self.geometry
-        to_device = partial(async_tensor_h2d, device=self.device, dtype=torch.int64)
-        first, query_len = to_device(self.queries.first), to_device(self.queries.length)
-        slots, end = input_batch.idx_mapping, first + query_len
+        slots = input_batch.idx_mapping
+        bounds = input_batch.query_start_loc[: len(slots) + 1].long()
+        first, end = bounds[:-1], bounds[1:]
         num_tokens = input_batch.num_tokens
         positions = input_batch.positions[:num_tokens].long()
         # Reported tokens are whole blocks, so the open one lies behind the known ones.
         start = req_states.total_len.gpu[slots].long()
         open_row = first + start - positions[first]
         num_open = end - open_row
-        query = torch.repeat_interleave(query_len, output_size=num_tokens)
+        query = torch.repeat_interleave(end - first, output_size=num_tokens)
         column = torch.arange(num_tokens, device=self.device) - open_row[query]
         known = req_states.all_token_ids.gpu[slots[query], positions]
         opened = active_ids(self.states.gather(slots))
@@ -180,14 +142,13 @@ class FullAttentionModelState(BlockDiffusionModelState):
             batch: vLLM's.
             start: int64 [requests], absolute position of the open blocks.
         """
-        assert self.queries is not None
         for index, slot in enumerate(batch.idx_mapping_np.tolist()):
             if slot not in self.openings.seeds:
                 continue
             seeds, _, num_prompt = self.openings.seeds[slot]
             behind = int(start[index]) + self.geometry.block_length
             seeds = seeds[behind - num_prompt :]
-            end = int(self.queries.first[index] + self.queries.length[index])
+            end = int(batch.query_start_loc_np[index + 1])
             num_behind = int(batch.positions[end - 1]) + 1 - behind
             rows = batch.input_ids[end - max(num_behind, 0) : end]
             rows[: len(seeds)] = seeds[: len(rows)]

@@ -162,6 +162,10 @@ class BlockDiffusionModelState(ModelState):
         self.grammars.add_request(
             req_index, req_id, record, token_ids[num_prompt:], num_fixed
         )
+        self._admit(req_index, options)
+
+    def _admit(self, slot: int, options: DecodingOptions) -> None:
+        """Note what the options of a request ask of a kind of attention."""
 
     def num_fixed(self, num_tokens: int, num_prompt: int) -> int:
         """Known tokens that lie in the open block, of a grid from position 0."""

@@ -15,12 +15,12 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.decoding.streaming import close_windows, write_windows
+from vllm_unmask.engine.attention import build_row_metadata
 from vllm_unmask.engine.denoising import Stepper
 from vllm_unmask.engine.model_state import BlockDiffusionModelState, DenoisingRows
 
@@ -146,23 +146,12 @@ class StreamingModelState(BlockDiffusionModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         """One causal row a request for the backend."""
-        num_reqs = input_batch.num_reqs
-        upper_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
-        starts = torch.from_numpy(input_batch.query_start_loc_np[: num_reqs + 1])
-        return build_attn_metadata(
-            attn_groups=attn_groups,
-            num_reqs=num_reqs,
-            num_tokens=input_batch.num_tokens,
-            query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-            query_start_loc_cpu=starts,
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
-            seq_lens=input_batch.seq_lens[:num_reqs],
-            max_seq_len=int(upper_bound.max()),
-            block_tables=block_tables,
-            slot_mappings=slot_mappings,
-            kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=upper_bound,
-            positions=input_batch.positions,
+        return build_row_metadata(
+            input_batch,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
             causal=True,
         )
 
