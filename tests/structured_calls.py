@@ -3,6 +3,7 @@
 
 import time
 from typing import Any
+from unittest import mock
 
 import engine_calls
 
@@ -128,6 +129,17 @@ def chat_with_fault(
         return chat(llm, prompts, params)
     finally:
         grammar.GrammarState.step = original  # type: ignore[method-assign]
+
+
+def chat_with_triton(
+    llm: Any, prompts: list[str], params: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """``chat`` with what a GPU runs, in Triton's interpreter; and how often it ran."""
+    from vllm_unmask.kernels.row_statistics import cpu, triton
+
+    kernel = mock.Mock(side_effect=triton.row_statistics)
+    with mock.patch.object(cpu, "row_statistics", kernel):
+        return chat(llm, prompts, params), kernel.call_count
 
 
 def chat_with_slow_compiler(

@@ -16,10 +16,12 @@ from tasks import make_example
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-GRID = 8  # the largest block size; answers are filled up to a multiple of it
 COPIES = 2  # noisy copies per clean sequence: the costly prompt part is shared
-BLOCK_SIZES = (8, 4, 2, 1)
-BLOCK_SHARES = (0.7, 0.1, 0.05, 0.15)
+# Largest block size, to which answers are filled up -> share of each that is trained.
+BLOCK_SHARES = {
+    8: {8: 0.7, 4: 0.1, 2: 0.05, 1: 0.15},
+    16: {16: 0.8, 8: 0.1, 4: 0.05, 1: 0.05},
+}
 # Blocks with every answer token masked: how each block starts when it is decoded.
 # A threshold unmasks several tokens there, so sureness has to be right there first.
 OPEN_SHARE = 0.45
@@ -107,15 +109,19 @@ def causal_batch(pairs, fill: int) -> Batch:
     return Batch(tokens, positions, masks, rows, targets, batch)
 
 
-def diffusion_batch(pairs, fill: int, mask: int, noise: torch.Generator) -> Batch:
-    """Block-diffusion batch with its own block size for every sequence."""
-    clean, starts, ends = _clean(pairs, fill, GRID)
+def diffusion_batch(
+    pairs, fill: int, mask: int, noise: torch.Generator, grid: int
+) -> Batch:
+    """Block-diffusion batch with its own block size, at most ``grid``, a sequence."""
+    clean, starts, ends = _clean(pairs, fill, grid)
     batch, clean_len = clean.shape
-    shares = torch.tensor(BLOCK_SHARES)
-    drawn = torch.multinomial(shares, batch, replacement=True, generator=noise)
-    block = torch.tensor(BLOCK_SIZES)[drawn][:, None]
+    sizes, shares = zip(*BLOCK_SHARES[grid].items(), strict=True)
+    drawn = torch.multinomial(
+        torch.tensor(shares), batch, replacement=True, generator=noise
+    )
+    block = torch.tensor(sizes)[drawn][:, None]
 
-    firsts = starts // GRID * GRID
+    firsts = starts // grid * grid
     noisy_len = int((ends - firsts).max())
     clean_pos = torch.arange(clean_len).expand(batch, -1)
     noisy_pos = firsts + torch.arange(noisy_len)

@@ -25,9 +25,11 @@ TEMPERATURES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 NORM = "model.norm.weight"
 
 
-def exact(model, tokenizer, examples, threshold: float | None) -> tuple[float, float]:
+def exact(
+    model, tokenizer, examples, threshold: float | None, block: int
+) -> tuple[float, float]:
     """Exact match and tokens per forward."""
-    results = evaluate(model, False, tokenizer, examples, threshold, 8, 32)
+    results = evaluate(model, tokenizer, examples, threshold, block, 32)
     _, right, _, pooled = summarize(results)["json"]
     return right, pooled
 
@@ -44,21 +46,23 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
-    model, _ = load(args.folder)
+    model, block = load(args.folder)
+    if block is None:
+        parser.error(f"{args.folder} is the twin: a threshold is not for it")
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     rng = random.Random("calibrate")
     examples = [
         {"task": e.task, "prompt": e.prompt, "answer": e.answer}
         for e in (make_example(rng, task="json") for _ in range(args.examples))
     ]
-    careful, _ = exact(model, tokenizer, examples, None)
+    careful, _ = exact(model, tokenizer, examples, None, block)
     logger.info("one token a step: %.3f", careful)
     norm = model.model.norm.weight
     original = norm.detach().clone()
     for temperature in TEMPERATURES:
         with torch.no_grad():
             norm.copy_(original / temperature)
-        right, per_forward = exact(model, tokenizer, examples, args.threshold)
+        right, per_forward = exact(model, tokenizer, examples, args.threshold, block)
         logger.info("temperature %.2f: %.3f, %.2f", temperature, right, per_forward)
         if right >= careful - args.loss:
             break

@@ -11,11 +11,12 @@ import torch
 from model import DemoModel, ModelConfig
 from safetensors.torch import load_file, save_file
 
-GRID = 8  # block size written to the config; training also covers 1, 2 and 4
 
-
-def model_config(config: ModelConfig, ar: bool, stop: int, pad: int, mask: int):
-    """config.json of the twin (Qwen3) or of the diffusion model (SDAR)."""
+def model_config(
+    config: ModelConfig, block_size: int | None, stop: int, pad: int, mask: int
+):
+    """config.json of the diffusion model (SDAR), or without blocks the twin (Qwen3)."""
+    ar = block_size is None
     result = {
         "architectures": ["Qwen3ForCausalLM" if ar else "SDARForCausalLM"],
         "model_type": "qwen3" if ar else "sdar",
@@ -35,7 +36,7 @@ def model_config(config: ModelConfig, ar: bool, stop: int, pad: int, mask: int):
         "dtype": "bfloat16",
     }
     if not ar:
-        result |= {"block_size": GRID, "mask_token_id": mask}
+        result |= {"block_size": block_size, "mask_token_id": mask}
     return result
 
 
@@ -45,7 +46,8 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
     vocab = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in vocab["added_tokens"]}
     stop, pad, mask = ids["<|im_end|>"], ids["<|endoftext|>"], ids["<|MASK|>"]
-    config = model_config(ModelConfig(**state["config"]), state["ar"], stop, pad, mask)
+    block_size = None if state["ar"] else state["block_size"]
+    config = model_config(ModelConfig(**state["config"]), block_size, stop, pad, mask)
     generation = {
         "do_sample": False,
         "eos_token_id": [stop, pad],
@@ -70,13 +72,13 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> None:
     part.rmdir()
 
 
-def load(folder: Path) -> tuple[DemoModel, bool]:
-    """(model with the exported weights in fp32, whether it is the twin)."""
+def load(folder: Path) -> tuple[DemoModel, int | None]:
+    """(model with the exported weights in fp32, block size or None of the twin)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields = ModelConfig.__dataclass_fields__
     model = DemoModel(ModelConfig(**{k: config[k] for k in fields}))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.float().eval(), config["model_type"] == "qwen3"
+    return model.float().eval(), config.get("block_size")
 
 
 def main() -> None:

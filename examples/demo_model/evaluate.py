@@ -19,8 +19,11 @@ from tasks import check
 from transformers import AutoTokenizer
 
 
-def evaluate(model, ar: bool, tokenizer, examples, threshold, block: int, batch: int):
-    """Per example (task, right, tokens, forwards), in the order of ``examples``."""
+def evaluate(model, tokenizer, examples, threshold, block: int | None, batch: int):
+    """Per example (task, right, tokens, forwards), in the order of ``examples``.
+
+    ``block`` is None for the twin, which has no ``threshold``, either.
+    """
     stop, mask = tokenizer.eos_token_id, tokenizer.mask_token_id
     encoded = [encode_example(tokenizer, e["prompt"], e["answer"])[0] for e in examples]
     results: list = [None] * len(examples)
@@ -29,7 +32,7 @@ def evaluate(model, ar: bool, tokenizer, examples, threshold, block: int, batch:
     for start in range(0, len(order), batch):
         picked = order[start : start + batch]
         prompts = [encoded[i] for i in picked]
-        if ar:
+        if block is None:
             outputs, forwards = decode_causal(model, prompts, stop)
         else:
             outputs, forwards = decode_blocks(
@@ -68,7 +71,7 @@ def main() -> None:
         default=["static", "0.9"],
         help="static (one token a step) or confidence thresholds; not for the twin",
     )
-    parser.add_argument("--block", type=int, default=8)
+    parser.add_argument("--block", type=int, help="block size; default: the config's")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--task", help="only this task")
     parser.add_argument("--limit", type=int, help="first N examples of every task")
@@ -76,7 +79,7 @@ def main() -> None:
     parser.add_argument("--errors", type=int, default=0, help="wrong answers to show")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, ar = load(args.folder)
+    model, block = load(args.folder)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     with args.data.open(encoding="utf-8") as file:
         examples = [json.loads(line) for line in file]
@@ -90,13 +93,14 @@ def main() -> None:
             if taken[e["task"]] <= args.limit:
                 kept.append(e)
         examples = kept
-    for name in ["static"] if ar else args.rules:
+    rules = ["static"] if block is None else args.rules
+    if block is not None:
+        block = args.block or block
+    for name in rules:
         threshold = None if name == "static" else float(name)
-        results = evaluate(
-            model, ar, tokenizer, examples, threshold, args.block, args.batch
-        )
+        results = evaluate(model, tokenizer, examples, threshold, block, args.batch)
         rule = "one token a step" if threshold is None else f"threshold {threshold}"
-        sys.stdout.write(f"\n{args.folder.name}, block {args.block}, {rule}\n")
+        sys.stdout.write(f"\n{args.folder.name}, block {block}, {rule}\n")
         sys.stdout.write("task         count  exact  tok/fwd  pooled\n")
         for task, row in summarize(results).items():
             sys.stdout.write("{:12} {:5d} {:6.3f} {:8.2f} {:7.2f}\n".format(task, *row))

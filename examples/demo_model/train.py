@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from batches import COPIES, bucketed, causal_batch, diffusion_batch, pool_of_pairs
+from batches import (
+    BLOCK_SHARES,
+    COPIES,
+    bucketed,
+    causal_batch,
+    diffusion_batch,
+    pool_of_pairs,
+)
+from checkpoint import load
 from model import DemoModel, ModelConfig
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -77,6 +85,7 @@ class Run:
         state = {
             "config": self.model.config.to_dict(),
             "ar": self.args.ar,
+            "block_size": self.args.block_size,
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "noise": self.noise.get_state(),
@@ -121,6 +130,7 @@ class Run:
                         tokenizer.eos_token_id,
                         tokenizer.mask_token_id,
                         self.noise,
+                        args.block_size,
                     )
             self.pool, self.in_pool = self.pool + 1, 0
 
@@ -204,7 +214,7 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     if args.init:
         # A block-diffusion model learns faster from the twin's weights than from
         # noise: what to copy is the same, only the row that says it moves by one.
-        run.model.load_state_dict(torch.load(args.init, weights_only=True)["model"])
+        run.model.load_state_dict(load(args.init)[0].state_dict())
     if args.resume:
         run.load(args.out / "checkpoint.pt")
     if rank == 0:
@@ -228,7 +238,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--init", type=Path, help="checkpoint to take weights from")
+    parser.add_argument("--init", type=Path, help="exported model to take weights from")
+    parser.add_argument(
+        "--block-size", type=int, choices=BLOCK_SHARES, default=8, help="the largest"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--rows", type=int, default=3500, help="token rows a step")

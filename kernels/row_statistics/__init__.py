@@ -56,6 +56,11 @@ class RowStatistics(NamedTuple):
 NO_CONSTRAINTS = Constraints()
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether `row_statistics` reads logits once there, rather than by torch."""
+    return device.type in ("cpu", "cuda")
+
+
 def row_statistics(
     logits: torch.Tensor,
     sampling: Sampling | None = None,

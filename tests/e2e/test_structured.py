@@ -283,3 +283,26 @@ def test_block_length_one_is_left_to_right_decoding() -> None:
                 calls.left_to_right, prompt, json.dumps(SCHEMA), 200
             )
             assert ours == reference
+
+
+def test_the_kernels_of_a_gpu_decode_the_same() -> None:
+    """Greedy, sampled, biased, ordered and constrained requests in one batch."""
+    regex = {"structured_outputs": {"regex": "[a-z ]{8,}x"}}
+    params = [
+        regex,
+        regex | {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "seed": 4},
+        {"extra_args": {"unmask_strategy": "static", "unmask_order": "entropy"}},
+        {"logit_bias": {7: 2.0}},
+    ]
+    params = [one | {"max_tokens": 12} for one in params]
+    with EngineProcess(
+        env={"TRITON_INTERPRET": "1"},
+        model=str(DEMO / "sdar"),
+        skip_tokenizer_init=False,
+        max_model_len=512,
+    ) as engine:
+        expected = engine.run(calls.chat, PROMPTS[:5], params)
+        found, num_calls = engine.run(calls.chat_with_triton, PROMPTS[:5], params)
+    assert num_calls > 5
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`scoring.score` and `statistics.row_statistics`, in one pass where a kernel has it.
 
-On a CPU `kernels.row_statistics` reads the logits once, in their own type; elsewhere
-the torch functions do, which define the results.
+On CPUs and GPUs `kernels.row_statistics` reads the logits once, in their own type; on
+other devices the torch functions do, which define the results.
 """
 
 import torch
@@ -23,7 +23,7 @@ def row_statistics(
     unsure: torch.Tensor | None = None,
 ) -> RowStatistics:
     """As `statistics.row_statistics`; what is not asked for may be there anyway."""
-    if logits.device.type != "cpu":
+    if not kernel.has_kernel(logits.device):
         return statistics.row_statistics(logits, entropy, probability, unsure)
     found = kernel.row_statistics(logits)
     return RowStatistics(found.tokens, found.probability, found.gap, found.entropy)
@@ -33,7 +33,7 @@ def orders_read(
     logits: torch.Tensor, entropy: bool, probability: bool
 ) -> frozenset[int]:
     """Indices into ``ORDERS`` that `row_statistics` of these is enough for."""
-    if entropy or logits.device.type == "cpu":
+    if entropy or kernel.has_kernel(logits.device):
         return frozenset((0, 1, 2))
     return frozenset((0, 1)) if probability else frozenset()
 
@@ -50,8 +50,8 @@ def score(
     raw_used: bool = True,
     constraints: kernel.Constraints = kernel.NO_CONSTRAINTS,
 ) -> Scores:
-    """As `scoring.score`; on a CPU the logits may be of any type, and constrained."""
-    if logits.device.type != "cpu":
+    """As `scoring.score`; a kernel takes logits of any type, and constraints."""
+    if not kernel.has_kernel(logits.device):
         return scoring.score(
             logits.float(),
             rows,

@@ -13,7 +13,11 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_unmask.engine.bad_words import BadWords
 from vllm_unmask.engine.grammar_step import GrammarStep
 from vllm_unmask.engine.states import CanvasStates
-from vllm_unmask.kernels.row_statistics import NO_CONSTRAINTS, Constraints
+from vllm_unmask.kernels.row_statistics import (
+    NO_CONSTRAINTS,
+    Constraints,
+    has_kernel,
+)
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.rows import DenoisingRows
@@ -72,7 +76,7 @@ class Biases:
             # What only scores them reads every type.
             return logits.float() if wide else logits, NO_CONSTRAINTS
         alone = not (biased or worded or fused or wide)
-        if grammar is not None and alone and logits.is_cpu:
+        if grammar is not None and alone and has_kernel(logits.device):
             return logits, grammar.constraints(logits)
         # A copy: log-probabilities are reported from the model's own logits.
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)

@@ -48,7 +48,7 @@ class Candidates:
             request_slots: the same on the device.
             first_step: added to the step that random draws depend on.
             known: what has been read of all these rows already.
-            constraints: what is banned beside the logits, on the CPU alone.
+            constraints: what is banned beside the logits, where a kernel reads them.
         """
         length = self.states.geometry.block_length
         params = self.sampling

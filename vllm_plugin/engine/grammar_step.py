@@ -93,16 +93,15 @@ class GrammarStep:
         """What `constrain` bans, for a kernel that reads the logits as they are.
 
         Args:
-            logits: [requests * block, vocab] on the CPU, the active blocks.
+            logits: [requests * block, vocab], the active blocks.
         """
         rows, bitmask = self._frontiers(logits)
         if not self.ready:
             return NO_CONSTRAINTS
-        lines = logits[torch.from_numpy(rows)].float()
         self.candidates = constrain_frontier(
-            lines,
-            torch.arange(len(rows)),
-            torch.from_numpy(bitmask),
+            logits[_beside(logits, rows)].float(),
+            torch.arange(len(rows), device=logits.device),
+            _beside(logits, bitmask),
             self.grammars.silent_ids(logits.device),
             1,
             min(NUM_CANDIDATES, logits.shape[1]),
@@ -113,7 +112,7 @@ class GrammarStep:
         of_row[rows] = np.arange(len(rows))
         bitmasks = np.vstack((bitmask, self.grammars.silent_mask(bitmask.shape[1])))
         return Constraints(
-            bitmasks=torch.from_numpy(bitmasks), bitmask_rows=torch.from_numpy(of_row)
+            bitmasks=_beside(logits, bitmasks), bitmask_rows=_beside(logits, of_row)
         )
 
     def _frontiers(
