@@ -61,7 +61,10 @@ def samples(throughput, system, strategy, threshold, concurrency, seconds, forwa
 
 
 def result(throughput, concurrencies=(1, 16)):
-    measured = []
+    # Prompts of the torch loop are answered one at a time, whatever is asked.
+    measured = samples(
+        throughput, "torch-loop", "threshold", 0.9, 1, (2.0, 2.0, 4.0), 80
+    )
     for concurrency in concurrencies:
         for system, strategy, threshold, seconds, forwards in (
             ("vllm-ar", None, None, (4.0, 8.0, 4.0), 480),
@@ -105,10 +108,10 @@ def test_help_starts_nothing(script, tmp_path):
 
 def test_every_row_has_what_the_benchmark_promises(throughput):
     rows = result(throughput)["rows"]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for row in rows:
         assert row.keys() >= ROW_KEYS
-        assert row["system"] in ("unmask", "vllm-ar")
+        assert row["system"] in ("unmask", "vllm-ar", "torch-loop")
         assert row["tokens_per_second_min"] <= row["tokens_per_second"]
         assert row["tokens_per_second"] <= row["tokens_per_second_max"]
 
@@ -117,8 +120,7 @@ def test_row_values(throughput):
     row = next(
         row
         for row in result(throughput)["rows"]
-        if (row["strategy"], row["threshold"], row["concurrency"])
-        == ("threshold", 0.9, 1)
+        if (row["system"], row["threshold"], row["concurrency"]) == ("unmask", 0.9, 1)
     )
     assert row["tokens_per_second"] == pytest.approx(480)
     assert row["tokens_per_second_min"] == pytest.approx(300)
@@ -134,6 +136,16 @@ def test_ratios_pair_the_measurements_of_a_repeat(throughput):
     made = result(throughput)
     assert made["ratios"] == {"1": pytest.approx(4), "16": pytest.approx(4)}
     assert made["ratio_ranges"]["1"] == [pytest.approx(4), pytest.approx(5)]
+    assert made["torch_ratios"] == {"1": pytest.approx(2), "16": pytest.approx(32)}
+    assert made["torch_ratio_ranges"]["1"] == [pytest.approx(1.25), pytest.approx(4)]
+
+
+def test_growth_compares_the_quarters_of_a_run(throughput):
+    """The first tenth, with the prompts, does not count."""
+    run = [9.0] * 10 + [1.0] * 22 + [3.0] * 23 + [5.0] * 22 + [2.0] * 23
+    found = throughput.growth([run, [2 * x for x in run], run])
+    assert [found[f"ms_quarter_{n}"] for n in (1, 2, 3, 4)] == [1e3, 3e3, 5e3, 2e3]
+    assert found["last_over_first"] == pytest.approx(2)
 
 
 def test_result_is_json(throughput):
@@ -145,9 +157,10 @@ def test_result_is_json(throughput):
 def test_table_shows_every_row_and_ratio(throughput):
     text = throughput.table(result(throughput))
     lines = text.splitlines()
-    assert len(lines) == 2 + 8 + 2
+    assert len(lines) == 2 + 9 + 4
     assert sum(line.startswith("unmask, threshold 0.9 ") for line in lines) == 2
-    assert "4.00 times" in lines[-1]
+    assert "4.00 times" in lines[-3]
+    assert "32.00 times" in lines[-1]
 
 
 def test_plot_is_a_picture(throughput, tmp_path):
@@ -163,6 +176,30 @@ def test_variants_hold_both_sides_of_the_ratio(throughput, quick):
     assert throughput.Variant("unmask", "threshold", 0.9) in variants
     assert throughput.Variant("unmask", "static") in variants
     assert len(set(variants)) == len(variants)
+
+
+def test_torch_loop_is_the_dense_loop(throughput):
+    """Tokens, and denoising forwards, of whole sequences without a cache."""
+    sys.path[:0] = [str(EXAMPLES / "benchmarks"), str(EXAMPLES / "demo_model")]
+    from batches import encode_example
+    from checkpoint import load
+    from decode import decode_blocks
+
+    folder = EXAMPLES / "demo_model" / "sdar"
+    lines = (EXAMPLES / "demo_model" / "held_out.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines[:80:8]]
+    loop = throughput.TorchLoop({"model": str(folder), "dtype": "float32"})
+    found = loop.measure(prompts, 1, {"unmask_threshold": 0.9})
+    model, block = load(folder)
+    encoded = [encode_example(loop.tokenizer, prompt, "")[0] for prompt in prompts]
+    outputs, forwards = decode_blocks(
+        model, encoded, loop.mask_id, loop.stop_id, 0.9, block
+    )
+    assert [one.text for one in found.outputs] == [
+        loop.tokenizer.decode(output[:-1]) for output in outputs
+    ]
+    assert [one.tokens for one in found.outputs] == [len(one) for one in outputs]
+    assert found.forwards == sum(forwards)
 
 
 def test_request_options_are_the_plugins(throughput):

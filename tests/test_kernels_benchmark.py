@@ -46,6 +46,11 @@ def test_both_sides_compute_the_same(bench: Any) -> None:
         assert torch.equal(ours.tokens, reference[0])
         assert torch.equal(ours.candidates, reference[6])
         torch.testing.assert_close(ours.entropy, reference[4], rtol=1e-4, atol=1e-4)
+        assert (case.vllm is None) == (case.op == "row_stats")
+        if case.vllm is not None:
+            tokens, _, entropy, _ = case.vllm()
+            assert torch.equal(ours.tokens, tokens)
+            torch.testing.assert_close(ours.entropy, entropy, rtol=1e-4, atol=1e-4)
 
 
 def test_result(
@@ -61,7 +66,8 @@ def test_result(
     assert bench.main() == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     keys = {"op", "shape", "dtype", "reference_ms", "ours_ms", "ratio", "bytes"}
-    assert all(row.keys() == keys | {"bandwidth_share"} for row in rows)
+    keys |= {"bandwidth_share", "vllm_ms"}
+    assert all(row.keys() == keys for row in rows)
     for row in rows:
         assert row["ratio"] == pytest.approx(row["reference_ms"] / row["ours_ms"])
     assert [row["bytes"] for row in rows] == [2400, 4800, 2 * 3 * 45 * 2 * 64 * 4]

@@ -67,6 +67,7 @@ def measured(bench: Any, tokens: list[int], forwards: int, **fields: Any) -> Any
     """Answers of so many tokens each, all in two seconds."""
     outputs = [bench.loop.Output(str(n), n) for n in tokens]
     known = {"seconds": 2.0, "rows": 8 * forwards, "drafted": 0, "accepted": 0}
+    known["cpu_seconds"] = fields.get("seconds", 2.0) / 2
     return bench.loop.Measured(forwards=forwards, outputs=outputs, **(known | fields))
 
 
@@ -91,6 +92,7 @@ def test_what_a_row_says(bench: Any) -> None:
     assert row["tokens_per_second"] == 6
     # Of each repeat with its own, not of the medians.
     assert row["speed_over_static"] == row["speed_over_base"] == pytest.approx(11 / 6)
+    assert row["cpu_speed_over_base"] == pytest.approx(11 / 6)
     assert row["forwards_of_base_over"] == 5
     assert row["acceptance"] == pytest.approx(1 / 3)
     assert row["exact_match"] == pytest.approx(4 / 6)

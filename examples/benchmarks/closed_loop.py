@@ -44,14 +44,16 @@ class Measurement(NamedTuple):
     outputs: list[Output]  # in the order of the prompts
 
 
-def settings(model: Path, eager: bool) -> dict[str, Any]:
+def settings(
+    model: Path, eager: bool, max_num_seqs: int = MAX_CONCURRENCY
+) -> dict[str, Any]:
     """What `LLM` is started with, the same for every model."""
     return {
         "model": str(model),
         "dtype": "bfloat16",
         "enforce_eager": eager,
         "max_model_len": 512,
-        "max_num_seqs": MAX_CONCURRENCY,
+        "max_num_seqs": max_num_seqs,
         "kv_cache_memory_bytes": 256 << 20,
         # Prompts come again; a second time must cost what the first did.
         "enable_prefix_caching": False,
@@ -72,11 +74,6 @@ class Loop:
 
     def describe(self) -> dict[str, Any]:
         """What this engine really is."""
-        import platform
-
-        import torch
-        import vllm
-
         config = self.llm.llm_engine.vllm_config
         return {
             "architecture": config.model_config.architecture,
@@ -86,11 +83,7 @@ class Loop:
             "processes": "vLLM's default" if multiprocessing_on() else "one",
             "device": config.device_config.device_type,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "vllm": vllm.__version__,
-            },
+            "versions": versions(),
         }
 
     def measure(
@@ -143,6 +136,28 @@ class Loop:
             forwards = rows = sum(output.tokens for output in ordered)
         return Measurement(seconds, steps, forwards, rows, ordered)
 
+    def step_seconds(
+        self, prompts: list[str], max_tokens: int, extra_args: dict[str, Any] | None
+    ) -> list[float]:
+        """Time of each step while all prompts run to ``max_tokens`` together."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args
+        )
+        engine = self.llm.llm_engine
+        for prompt in prompts:
+            self.num_requests += 1
+            inputs = tokens_input(self._encode(prompt))
+            engine.add_request(str(self.num_requests), inputs, params)
+        seconds = []
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
     def _encode(self, prompt: str) -> list[int]:
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -162,6 +177,22 @@ class Loop:
         )
 
 
+def versions() -> dict[str, str]:
+    """Of what is measured."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+    import vllm
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "vllm": vllm.__version__,
+    }
+
+
 def multiprocessing_on() -> bool:
     """Whether vLLM's front end, engine core and worker are separate processes."""
     import vllm.envs as envs
@@ -170,7 +201,11 @@ def multiprocessing_on() -> bool:
 
 
 def _serve(
-    connection: Any, options: dict[str, Any], environment: dict[str, str], log: str
+    connection: Any,
+    loop_type: type,
+    options: dict[str, Any],
+    environment: dict[str, str],
+    log: str,
 ) -> None:
     # A session of its own, so that `Engine.close` can end all of vLLM's processes.
     os.setsid()
@@ -180,10 +215,11 @@ def _serve(
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     try:
-        loop = Loop(options)
+        loop = loop_type(options)
         connection.send((True, loop.describe()))
-        while (arguments := connection.recv()) is not None:
-            connection.send((True, loop.measure(*arguments)))
+        while (call := connection.recv()) is not None:
+            method, arguments = call
+            connection.send((True, getattr(loop, method)(*arguments)))
     except EOFError:
         return
     except BaseException:
@@ -191,10 +227,22 @@ def _serve(
 
 
 class Engine:
-    """The handle of the driving process."""
+    """The handle of the driving process.
+
+    Args:
+        options: as `settings` makes them.
+        environment: of the process, besides `ENVIRONMENT`.
+        log: where what the process prints goes.
+        loop_type: `Loop`, or what has its methods.
+    """
 
     def __init__(
-        self, model: Path, *, eager: bool, environment: dict[str, str], log: Path
+        self,
+        options: dict[str, Any],
+        *,
+        environment: dict[str, str],
+        log: Path,
+        loop_type: type = Loop,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
@@ -202,7 +250,8 @@ class Engine:
             target=_serve,
             args=(
                 child,
-                settings(model, eager),
+                loop_type,
+                options,
                 ENVIRONMENT | environment,
                 str(log),
             ),
@@ -224,16 +273,10 @@ class Engine:
             raise RuntimeError(value)
         return value
 
-    def measure(
-        self,
-        prompts: list[str],
-        concurrency: int,
-        extra_args: dict[str, Any] | None = None,
-    ) -> Measurement:
-        """Run one closed loop in the engine's process."""
-        self._connection.send((prompts, concurrency, extra_args))
-        result: Measurement = self._receive()
-        return result
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the loop in the engine's process."""
+        self._connection.send((method, arguments))
+        return self._receive()
 
     def close(self) -> None:
         """End the process and those that it started."""

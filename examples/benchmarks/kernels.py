@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators of `vllm_unmask.kernels` take, beside their definitions in torch.
 
-    row_stats   best token, lead, entropy and a sample of each row of logits
+    row_stats   best token, lead, entropy and a sample of each row of logits; sampled
+                rows also by vLLM's own sampler of DiffusionGemma, which gives best
+                token, sample and entropy
     window      rows in windows over a paged prefix, against torch's own
                 `scaled_dot_product_attention` on a contiguous copy of the same keys
 
@@ -22,6 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from vllm.model_executor.models.diffusion_gemma_sampler import (
+    sample_row_stats,
+    sample_row_stats_reference,
+)
 
 HERE = Path(__file__).resolve().parent
 # Not a package: the tests import this file by its path.
@@ -54,6 +60,7 @@ class Case(NamedTuple):
     reference: Work
     ours: Work
     read: Work  # reads as many bytes
+    vllm: Work | None = None  # vLLM's own sampler of DiffusionGemma
 
 
 def row_stats(rows: int, vocab: int, dtype: torch.dtype, sampled: bool) -> Case:
@@ -65,6 +72,9 @@ def row_stats(rows: int, vocab: int, dtype: torch.dtype, sampled: bool) -> Case:
     if sampled:
         draws = torch.rand(rows, generator=random, dtype=torch.float64)
         sampling = Sampling(torch.ones(rows, device=device), draws.to(device))
+    # 16 temperatures, as of 16 canvases.
+    canvas = rows // 16 or 1
+    temperatures = torch.ones(-(-rows // canvas), device=device)
     integers = logits.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
     return Case(
         "row_stats_sampled" if sampled else "row_stats",
@@ -74,7 +84,17 @@ def row_stats(rows: int, vocab: int, dtype: torch.dtype, sampled: bool) -> Case:
         lambda: reference.row_statistics(logits, sampling, NO_CONSTRAINTS),
         lambda: row_statistics(logits, sampling),
         lambda: integers.amax(),
+        (lambda: _diffusion_gemma(logits, temperatures, canvas)) if sampled else None,
     )
+
+
+def _diffusion_gemma(
+    logits: torch.Tensor, temperatures: torch.Tensor, canvas: int
+) -> Any:
+    """The same of vLLM: a kernel on a GPU, torch on a CPU."""
+    if logits.is_cuda:
+        return sample_row_stats(logits, temperatures, canvas, 0, None)
+    return sample_row_stats_reference(logits, temperatures, canvas, None)
 
 
 def window(requests: int, prefix: int, block: int, count: int) -> Case:
@@ -150,33 +170,40 @@ def milliseconds(work: Work) -> float:
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """A row of the result."""
     works = {"reference": case.reference, "ours": case.ours, "read": case.read}
+    if case.vllm is not None:
+        works["vllm"] = case.vllm
     times: dict[str, list[float]] = {name: [] for name in works}
     case.ours()
     for _ in range(repeats):
         for name, work in works.items():
             times[name].append(milliseconds(work))
-    reference_ms, ours, read = (median(times[name]) for name in works)
+    medians = {name: median(values) for name, values in times.items()}
+    ours = medians["ours"]
     say(f"{case.op} {case.shape} {case.dtype}")
     return {
         "op": case.op,
         "shape": list(case.shape),
         "dtype": case.dtype,
-        "reference_ms": reference_ms,
+        "reference_ms": medians["reference"],
+        "vllm_ms": medians.get("vllm"),
         "ours_ms": ours,
-        "ratio": reference_ms / ours,
+        "ratio": medians["reference"] / ours,
         "bytes": case.bytes,
-        "bandwidth_share": read / ours,
+        "bandwidth_share": medians["read"] / ours,
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'op':<18} {'shape':<20} {'dtype':<9} {'torch ms':>9} {'ours ms':>9} "
+    head = f"{'op':<18} {'shape':<20} {'dtype':<9} {'torch ms':>9} {'vLLM ms':>9} "
+    head += f"{'ours ms':>9} "
     lines = [head + f"{'ratio':>7} {'of reading':>10}"]
     for row in rows:
         shape = " x ".join(map(str, row["shape"]))
+        vllm = "" if row["vllm_ms"] is None else f"{row['vllm_ms']:.2f}"
         lines.append(
             f"{row['op']:<18} {shape:<20} {row['dtype']:<9} {row['reference_ms']:9.2f}"
-            f" {row['ours_ms']:9.2f} {row['ratio']:7.1f} {row['bandwidth_share']:10.2f}"
+            f" {vllm:>9} {row['ours_ms']:9.2f} {row['ratio']:7.1f}"
+            f" {row['bandwidth_share']:10.2f}"
         )
     return "\n".join(lines) + "\n"
 

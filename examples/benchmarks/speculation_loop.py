@@ -28,6 +28,7 @@ class Measured(NamedTuple):
     """
 
     seconds: float
+    cpu_seconds: float  # of the process, which waiting for a core does not count in
     forwards: int  # of requests: a forward that k requests share counts k times
     rows: int  # token rows of these, candidates included
     drafted: int
@@ -43,10 +44,13 @@ class SpeculationLoop(Loop):
     ) -> Measured:
         """Answer greedily, at most ``concurrency`` prompts at a time."""
         before = self._speculation()
+        start = time.process_time()
         result = self.measure(prompts, concurrency, extra_args)
+        cpu_seconds = time.process_time() - start
         drafted, accepted = _less(self._speculation(), before)
         return Measured(
             result.seconds,
+            cpu_seconds,
             result.forwards,
             result.rows,
             drafted,
@@ -71,9 +75,10 @@ class SpeculationLoop(Loop):
         ]
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         before = (*self._counters(), *self._speculation())
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         finished = self.llm.chat(chats, params, use_tqdm=False)
         seconds = time.perf_counter() - start
+        cpu_seconds = time.process_time() - cpu_start
         after = (*self._counters(), *self._speculation())
         answers = [output.outputs[0] for output in finished]
         outputs = [
@@ -81,7 +86,9 @@ class SpeculationLoop(Loop):
             for a in answers
         ]
         forwards, rows, drafted, accepted = _less(after, before)
-        return Measured(seconds, forwards, rows, drafted, accepted, outputs)
+        return Measured(
+            seconds, cpu_seconds, forwards, rows, drafted, accepted, outputs
+        )
 
     def _speculation(self) -> tuple[int, int]:
         """Drafted and accepted so far, over all requests."""

@@ -67,6 +67,11 @@ class Sample(NamedTuple):
         """Output tokens per second."""
         return self.tokens / self.measured.seconds
 
+    @property
+    def cpu_speed(self) -> float:
+        """Output tokens per second of processor time."""
+        return self.tokens / self.measured.cpu_seconds
+
 
 Samples = Mapping[tuple[str, int], Sequence[Sample]]  # preset, concurrency -> repeats
 
@@ -105,6 +110,10 @@ def row(preset: Preset, concurrency: int, samples: Samples) -> dict[str, Any]:
         "speed_over_static": _ratio(mine, static),
         "base": preset.base,
         "speed_over_base": _ratio(mine, base),
+        "cpu_speed_over_base": median(
+            one.cpu_speed / other.cpu_speed
+            for one, other in zip(mine, base, strict=True)
+        ),
         "forwards_of_base_over": sum(s.measured.forwards for s in base) / forwards,
         "identical": sum(pairs) / len(pairs),
     }
@@ -118,7 +127,7 @@ def _ratio(samples: Sequence[Sample], others: Sequence[Sample]) -> float:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as text."""
     head = ["in flight", "exact", "tok/fwd", "forwards", "rows", "tok/s", "accepted"]
-    head += ["x static", "x base", "fewer", "identical"]
+    head += ["x static", "x base", "by CPU", "fewer", "identical"]
     width = max(len(item["preset"]) for item in rows)
     lines = [f"{'':{width}}" + "".join(f"{name:>10}" for name in head)]
     for item in rows:
@@ -133,6 +142,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             "" if share is None else f"{share:.2f}",
             f"{item['speed_over_static']:.2f}",
             f"{item['speed_over_base']:.2f}",
+            f"{item['cpu_speed_over_base']:.3f}",
             f"{item['forwards_of_base_over']:.2f}",
             f"{item['identical']:.3f}",
         )

@@ -7,16 +7,14 @@ It is the thread's own time, so that a busy machine does not count as grammar wo
 """
 
 import functools
-import multiprocessing
 import os
 import re
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from closed_loop import ENVIRONMENT, Engine, Loop, settings
+from closed_loop import Engine, Loop, settings
 
 
 class Request(NamedTuple):
@@ -179,48 +177,9 @@ class StructuredEngine(Engine):
         environment: dict[str, str],
         **options: Any,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, child = context.Pipe()
-        one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        self._process = context.Process(
-            target=_serve,
-            args=(
-                child,
-                settings(model, eager=True) | {"max_model_len": 1024} | options,
-                ENVIRONMENT | one_process | environment,
-                str(log),
-            ),
+        super().__init__(
+            settings(model, eager=True) | {"max_model_len": 1024} | options,
+            environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
+            log=log,
+            loop_type=StructuredLoop,
         )
-        self._process.start()
-        child.close()
-        try:
-            self.facts: dict[str, Any] = self._receive()
-        except BaseException:
-            self.close()
-            raise
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method of `StructuredLoop` in the engine's process."""
-        self._connection.send((method, args))
-        return self._receive()
-
-
-def _serve(
-    connection: Any, options: dict[str, Any], environment: dict[str, str], log: str
-) -> None:
-    # A session of its own, so that `Engine.close` can end all of vLLM's processes.
-    os.setsid()
-    os.environ.update(environment)
-    with open(log, "ab") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    try:
-        loop = StructuredLoop(options)
-        connection.send((True, loop.describe()))
-        while True:
-            method, args = connection.recv()
-            connection.send((True, getattr(loop, method)(*args)))
-    except EOFError:
-        return
-    except BaseException:
-        connection.send((False, traceback.format_exc()))

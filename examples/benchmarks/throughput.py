@@ -2,7 +2,8 @@
 """Throughput of the demo model through this plugin and of its twin on stock vLLM.
 
 Both are the same network of the same size, trained on the same data: the demo model
-unmasks blocks, its twin is autoregressive and runs with the plugin switched off.
+unmasks blocks, its twin is autoregressive and runs with the plugin switched off. A
+plain torch loop decodes the demo model as SDAR's authors do, one prompt at a time.
 Each engine lives in a process of its own and the measurements take turns, so that
 whatever else the machine does hits both. Every request is greedy and ends at the
 stop token; prompts are from the held-out JSON task.
@@ -27,17 +28,26 @@ DEMO = HERE.parent / "demo_model"
 # Not a package: the engines' processes and the tests import this file by its path.
 sys.path[:0] = [str(HERE), str(DEMO)]
 
-from closed_loop import MAX_TOKENS, SETTLE_SECONDS, Engine  # noqa: E402
+from closed_loop import (  # noqa: E402
+    MAX_CONCURRENCY,
+    MAX_TOKENS,
+    SETTLE_SECONDS,
+    Engine,
+    Loop,
+    settings,
+)
 from machine import load_average, say, surroundings  # noqa: E402
 from tasks import check  # noqa: E402
+from torch_loop import TorchLoop  # noqa: E402
 
-UNMASK, AR = "unmask", "vllm-ar"
+UNMASK, AR, TORCH = "unmask", "vllm-ar", "torch-loop"
 CONCURRENCIES = (1, 4, 16)
 THRESHOLD = 0.9
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
-# Concurrency -> prompts in one measurement, so that each takes about as long.
-PROMPTS = {1: 24, 4: 64, 16: 160}
-QUICK_PROMPTS = {1: 12, 4: 32, 16: 64}
+# Requests that run together to outputs of so many tokens, one token a step.
+GROWING, LONG_OUTPUT = 8, 384
+# Of the systems that unmask by confidence, in the ratios.
+RULE = ("threshold", THRESHOLD)
 
 
 class Variant(NamedTuple):
@@ -86,6 +96,13 @@ class Sample(NamedTuple):
         return self.tokens / self.seconds
 
 
+def num_prompts(concurrency: int, quick: bool) -> int:
+    """Prompts in one measurement, so that each takes about as long."""
+    if quick:
+        return max(12, (8 if concurrency <= 4 else 4) * concurrency)
+    return max(24, (16 if concurrency <= 4 else 10) * concurrency)
+
+
 def variants(quick: bool) -> list[Variant]:
     """Every row of one concurrency; the two of the ratio next to each other."""
     others = [] if quick else [t for t in THRESHOLDS if t != THRESHOLD]
@@ -120,32 +137,61 @@ def row(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+def growth(steps: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Milliseconds of a step in each quarter of outputs that grow, and last by first.
+
+    Args:
+        steps: seconds of the steps, of each repeat. Prompts are in the first tenth.
+    """
+    quarters: list[list[float]] = [[] for _ in range(4)]
+    for seconds in steps:
+        alone = seconds[len(seconds) // 10 :]
+        for index, quarter in enumerate(quarters):
+            begin, end = (len(alone) * n // 4 for n in (index, index + 1))
+            quarter.append(median(alone[begin:end]))
+    ms = {f"ms_quarter_{n}": 1e3 * median(q) for n, q in enumerate(quarters, 1)}
+    ratios = [
+        last / first for first, last in zip(quarters[0], quarters[3], strict=True)
+    ]
+    return ms | {"last_over_first": median(ratios)}
+
+
 def assemble(samples: Iterable[Sample], environment: dict[str, Any]) -> dict[str, Any]:
     """The JSON object: rows, ratios and where they were measured.
 
     A ratio is the median over repeats of the tokens per second at threshold 0.9
-    over those of the autoregressive twin in the same repeat.
+    over those of the autoregressive twin, or of the torch loop, in the same repeat.
     """
     groups: dict[tuple[Variant, int], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.variant, sample.concurrency), []).append(sample)
-    ours = Variant(UNMASK, "threshold", THRESHOLD)
-    ratios: dict[str, float] = {}
-    ranges: dict[str, list[float]] = {}
+    result: dict[str, Any] = {"rows": [row(group) for group in groups.values()]}
+    for key, base in (("", Variant(AR)), ("torch_", Variant(TORCH, *RULE))):
+        ratios, ranges = _ratios(groups, base)
+        result |= {f"{key}ratios": ratios, f"{key}ratio_ranges": ranges}
+    return result | {"environment": environment}
+
+
+def _ratios(
+    groups: dict[tuple[Variant, int], list[Sample]], base: Variant
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Concurrency -> median, and smallest and largest, of what is over ``base``.
+
+    The torch loop has no concurrency: its only measurement stands for all.
+    """
+    ratios, ranges = {}, {}
+    alone = [key for key in groups if key[0] == base]
     for (variant, concurrency), group in groups.items():
-        twin = groups.get((Variant(AR), concurrency))
-        if variant != ours or twin is None:
+        known = groups.get((base, concurrency))
+        if known is None and base.system == TORCH and alone:
+            known = groups[alone[0]]
+        if variant != Variant(UNMASK, *RULE) or known is None:
             continue
-        speed_of = {sample.repeat: sample.speed for sample in twin}
+        speed_of = {sample.repeat: sample.speed for sample in known}
         paired = [s.speed / speed_of[s.repeat] for s in group if s.repeat in speed_of]
         ratios[str(concurrency)] = median(paired)
         ranges[str(concurrency)] = [min(paired), max(paired)]
-    return {
-        "rows": [row(group) for group in groups.values()],
-        "ratios": ratios,
-        "ratio_ranges": ranges,
-        "environment": environment,
-    }
+    return ratios, ranges
 
 
 def table(result: dict[str, Any]) -> str:
@@ -174,11 +220,19 @@ def table(result: dict[str, Any]) -> str:
     text = [
         f"{line[0]:{width}}" + "".join(f"{x:>12}" for x in line[1:]) for line in lines
     ]
-    for concurrency, ratio in result["ratios"].items():
-        low, high = result["ratio_ranges"][concurrency]
+    for key, base in (("", AR), ("torch_", TORCH)):
+        for concurrency, ratio in result[f"{key}ratios"].items():
+            low, high = result[f"{key}ratio_ranges"][concurrency]
+            text.append(
+                f"{UNMASK} at threshold {THRESHOLD:g} over {base}, {concurrency} in "
+                f"flight: {ratio:.2f} times the tokens per second "
+                f"({low:.2f}-{high:.2f})"
+            )
+    for system, found in result.get("growth", {}).items():
         text.append(
-            f"{UNMASK} at threshold {THRESHOLD:g} over {AR}, {concurrency} in flight: "
-            f"{ratio:.2f} times the tokens per second ({low:.2f}-{high:.2f})"
+            f"{system}, {GROWING} in flight, outputs of {LONG_OUTPUT} tokens: a step "
+            f"takes {found['ms_quarter_1']:.2f} ms in the first quarter, "
+            f"{found['ms_quarter_4']:.2f} ms in the last"
         )
     return "\n".join(text) + "\n"
 
@@ -196,18 +250,21 @@ def plot(result: dict[str, Any], path: Path) -> None:
         variant = Variant(item["system"], item["strategy"], item["threshold"])
         series.setdefault(variant, []).append(item)
     for variant, style in (
-        (Variant(UNMASK, "threshold", THRESHOLD), {"color": "C0", "marker": "o"}),
+        (Variant(TORCH, *RULE), {"color": "C3", "marker": "x"}),
+        (Variant(UNMASK, *RULE), {"color": "C0", "marker": "o"}),
         (Variant(AR), {"color": "C1", "marker": "s"}),
         (Variant(UNMASK, "static"), {"color": "C2", "marker": "^"}),
     ):
-        items = sorted(series.get(variant, []), key=lambda i: i["concurrency"])
+        if variant not in series:
+            continue
+        items = sorted(series[variant], key=lambda i: i["concurrency"])
         speed = [i["tokens_per_second"] for i in items]
         spread = [
             [s - i["tokens_per_second_min"] for s, i in zip(speed, items, strict=True)],
             [i["tokens_per_second_max"] - s for s, i in zip(speed, items, strict=True)],
         ]
-        ticks = [i["concurrency"] for i in items]
-        left.errorbar(ticks, speed, spread, label=variant.label, capsize=3, **style)
+        flights = [i["concurrency"] for i in items]
+        left.errorbar(flights, speed, spread, label=variant.label, capsize=3, **style)
     left.set(
         xscale="log",
         yscale="log",
@@ -215,7 +272,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ylabel="output tokens per second",
         title="Speed (median, min to max)",
     )
-    left.set_xticks(CONCURRENCIES, [str(c) for c in CONCURRENCIES])
+    ticks = sorted({i["concurrency"] for i in result["rows"]})
+    left.set_xticks(ticks, [str(tick) for tick in ticks])
     left.minorticks_off()
     left.set_yticks(speed_ticks := [100, 200, 500, 1000, 2000, 5000, 10000])
     left.set_yticklabels([f"{tick:,}" for tick in speed_ticks])
@@ -261,7 +319,7 @@ def measure(
 ) -> Sample:
     """One measurement, its outputs checked."""
     prompts = [example["prompt"] for example in examples]
-    result = engine.measure(prompts, concurrency, variant.extra_args)
+    result = engine.call("measure", prompts, concurrency, variant.extra_args)
     right = sum(
         check(example["task"], example["prompt"], example["answer"], output.text)
         for example, output in zip(examples, result.outputs, strict=True)
@@ -286,6 +344,7 @@ def start_fastest(
     modes: Sequence[str],
     environment: dict[str, str],
     examples: Sequence[dict[str, str]],
+    concurrencies: Sequence[int],
     log: Path,
 ) -> tuple[Engine, dict[str, Any]]:
     """Start a system's engine in each mode and keep the fastest."""
@@ -294,11 +353,15 @@ def start_fastest(
     for mode in modes:
         say(f"starting {variant.system}, {mode}")
         try:
+            most = max(*concurrencies, MAX_CONCURRENCY)
             engine = Engine(
-                model, eager=mode == "eager", environment=environment, log=log
+                settings(model, mode == "eager", most),
+                environment=environment,
+                log=log,
+                loop_type=TorchLoop if variant.system == TORCH else Loop,
             )
             # Unmeasured: the engine prepares some things at first use only.
-            for concurrency in CONCURRENCIES:
+            for concurrency in concurrencies:
                 measure(engine, variant, concurrency, 0, examples[:16])
         except RuntimeError as error:
             # Compiling needs a C++ compiler, which not every machine has.
@@ -323,7 +386,7 @@ def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     with (DEMO / "held_out.jsonl").open(encoding="utf-8") as file:
         examples = [json.loads(line) for line in file]
     examples = [example for example in examples if example["task"] == "json"]
-    counts = QUICK_PROMPTS if args.quick else PROMPTS
+    counts = {c: num_prompts(c, args.quick) for c in sorted(args.concurrencies)}
     repeats = args.repeats or (3 if args.quick else 5)
     modes = ("eager", "compiled") if args.mode == "auto" else (args.mode,)
     layout = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if args.one_process else "1"}
@@ -336,45 +399,60 @@ def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     try:
         for variant, folder, environment in (
             (Variant(AR), "ar", {"UNMASK_DISABLE": "1"}),
-            (Variant(UNMASK, "threshold", THRESHOLD), "sdar", {"UNMASK_DISABLE": ""}),
+            (Variant(UNMASK, *RULE), args.diffusion, {"UNMASK_DISABLE": ""}),
+            (Variant(TORCH, *RULE), args.diffusion, {"UNMASK_DISABLE": "1"}),
         ):
             system = variant.system
             engines[system], facts[system] = start_fastest(
                 variant,
                 (args.models / folder).resolve(),
-                modes,
+                ("eager",) if system == TORCH else modes,
                 layout | environment,
                 examples,
+                tuple(counts),
                 log,
             )
         samples: list[Sample] = []
+        prompts = [example["prompt"] for example in examples[:GROWING]]
+        grown: dict[str, list[list[float]]] = {AR: [], UNMASK: []}
         for repeat in range(repeats):
             say(f"repeat {repeat + 1} of {repeats}")
             for concurrency, count in counts.items():
                 # Other prompts in every repeat, the same for every variant.
                 first = repeat * count % len(examples)
                 chosen = (examples[first:] + examples[:first])[:count]
-                for variant in variants(args.quick):
+                measured = variants(args.quick)
+                if concurrency == min(counts):
+                    measured.insert(0, Variant(TORCH, *RULE))
+                for variant in measured:
                     engine = engines[variant.system]
                     if not samples or samples[-1].variant.system != variant.system:
                         time.sleep(SETTLE_SECONDS)
                     samples.append(
                         measure(engine, variant, concurrency, repeat, chosen)
                     )
+            for variant in (Variant(AR), Variant(UNMASK, "static")):
+                time.sleep(SETTLE_SECONDS)
+                grown[variant.system].append(
+                    engines[variant.system].call(
+                        "step_seconds", prompts, LONG_OUTPUT, variant.extra_args
+                    )
+                )
     finally:
         for engine in engines.values():
             engine.close()
-    versions = facts[UNMASK].pop("versions")
-    facts[AR].pop("versions")
+    versions, *_ = [fact.pop("versions") for fact in facts.values()]
     environment = surroundings(
         load,
         versions=versions,
         engines=facts,
         prompts={str(concurrency): count for concurrency, count in counts.items()},
         repeats=repeats,
+        diffusion_model=args.diffusion,
         max_tokens=MAX_TOKENS,
     )
-    return assemble(samples, environment)
+    found = {system: growth(steps) for system, steps in grown.items()}
+    return assemble(samples, environment) | {"growth": found}
 
 
 def main() -> int:
@@ -405,7 +483,17 @@ def main() -> int:
         "--threads", type=int, help="OpenMP threads of each engine (default: vLLM's)"
     )
     parser.add_argument(
-        "--models", type=Path, default=DEMO, help="folder that holds sdar and ar"
+        "--models", type=Path, default=DEMO, help="folder that holds both models"
+    )
+    parser.add_argument(
+        "--diffusion", default="sdar", help="name of the block-diffusion model there"
+    )
+    parser.add_argument(
+        "--concurrencies",
+        type=int,
+        nargs="+",
+        default=CONCURRENCIES,
+        help="requests in flight (default: %(default)s)",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
