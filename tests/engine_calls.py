@@ -2,6 +2,7 @@
 """Functions that tests run beside an engine (``EngineProcess.run``)."""
 
 from typing import Any
+from unittest import mock
 
 
 def generate(
@@ -50,8 +51,11 @@ def generate_recorded(
 
     Every record: ``prefix`` (ids left of the active block), ``active`` (its ids
     before the step), ``num_fixed`` (of them from the prompt), ``logits`` [width,
-    vocab], ``rows`` (rows forwarded), ``pages`` (KV pages in order).
+    vocab] (of known positions, too), ``rows`` (rows forwarded), ``pages`` (KV pages in
+    order).
     """
+    from vllm_unmask.engine import model_state
+
     runner = model_runner(llm)
     sampler = runner.sampler
     records: list[dict[str, Any]] = []
@@ -93,7 +97,8 @@ def generate_recorded(
 
     sampler._denoise, runner.sample = denoise, noting_sample
     try:
-        outputs = generate(llm, prompts, params)
+        with mock.patch.object(model_state, "positions_read", return_value=None):
+            outputs = generate(llm, prompts, params)
     finally:
         del sampler._denoise, runner.sample
     return outputs, records

@@ -142,6 +142,29 @@ def chat_with_triton(
         return chat(llm, prompts, params), kernel.call_count
 
 
+def chat_counting_logits(
+    llm: Any, prompts: list[str], params: list[dict[str, Any]], every: bool
+) -> tuple[list[dict[str, Any]], int]:
+    """``chat``, and the logits rows that it took; of every position or as always."""
+    from vllm_unmask.engine import model_state
+
+    num_rows = 0
+    runner = engine_calls.model_runner(llm)
+    original = runner.model.compute_logits
+
+    def compute_logits(hidden: Any) -> Any:
+        nonlocal num_rows
+        num_rows += len(hidden)
+        return original(hidden)
+
+    choose = mock.Mock(return_value=None) if every else model_state.positions_read
+    with (
+        mock.patch.object(runner.model, "compute_logits", compute_logits),
+        mock.patch.object(model_state, "positions_read", choose),
+    ):
+        return chat(llm, prompts, params), num_rows
+
+
 def chat_with_slow_compiler(
     llm: Any, prompts: list[str], params: list[dict[str, Any]], seconds: float
 ) -> tuple[list[dict[str, Any]], list[float]]:

@@ -128,11 +128,11 @@ def overlaid(
         name: _checked(prefix + name, value, limits[name])
         for name, value in given.items()
     }
-    base = asdict(defaults)
+    base: Mapping[str, Any] = vars(defaults)
     if "strategy" in checked:
         # The server's options were made for the server's strategy.
         base = {name: base[name] for name in _KEPT}
-    options = DecodingOptions(**(base | checked))
+    options = DecodingOptions(**{**base, **checked})
     if strategy_known:
         for name, value in given.items():
             applies = limits[name].applies

@@ -24,10 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from vllm.model_executor.models.diffusion_gemma_sampler import (
-    sample_row_stats,
-    sample_row_stats_reference,
-)
 
 HERE = Path(__file__).resolve().parent
 # Not a package: the tests import this file by its path.
@@ -92,6 +88,13 @@ def _diffusion_gemma(
     logits: torch.Tensor, temperatures: torch.Tensor, canvas: int
 ) -> Any:
     """The same of vLLM: a kernel on a GPU, torch on a CPU."""
+    # Here, because transformers takes any module called `kernels` for a library that it
+    # can use, and imports this file while vLLM's own import is under way.
+    from vllm.model_executor.models.diffusion_gemma_sampler import (
+        sample_row_stats,
+        sample_row_stats_reference,
+    )
+
     if logits.is_cuda:
         return sample_row_stats(logits, temperatures, canvas, 0, None)
     return sample_row_stats_reference(logits, temperatures, canvas, None)

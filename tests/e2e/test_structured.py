@@ -161,6 +161,22 @@ def test_a_request_gets_what_it_gets_alone(engine: EngineProcess) -> None:
     assert [a["tokens"] for a in again] == [a["tokens"] for a in together]
 
 
+def test_logits_of_known_positions_are_left_out(engine: EngineProcess) -> None:
+    """Nothing but their number changes; who wants them, gets them."""
+    sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+    entropy = {"extra_args": {"unmask_strategy": "static", "unmask_order": "entropy"}}
+    params = [PLAIN, JSON, JSON | sampled, sampled, entropy, entropy | JSON]
+    some, few = engine.run(calls.chat_counting_logits, PROMPTS, params, False)
+    every, many = engine.run(calls.chat_counting_logits, PROMPTS, params, True)
+    assert some == every
+    assert few < 0.8 * many
+    for one in ({"logprobs": 1}, {"bad_words": ["x"]}, {"logit_bias": {9: -1.0}}):
+        some, few = engine.run(calls.chat_counting_logits, PROMPTS, [one] * 6, False)
+        every, many = engine.run(calls.chat_counting_logits, PROMPTS, [one] * 6, True)
+        assert some == every
+        assert few == many
+
+
 def test_preemption_in_the_middle_of_a_block(engine: EngineProcess) -> None:
     # Greedy: a block that is opened again is a block from its first step on.
     calm = engine.run(calls.chat, PROMPTS, JSON | {"max_tokens": 55})

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 from vllm_unmask.decoding.reading import score
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.grammar_step import GrammarStep
+from vllm_unmask.engine.rows import positions_read
 from vllm_unmask.engine.states import BlockGeometry
 
 VOCAB, LENGTH, MASK = 83, 4, 82
@@ -86,7 +87,9 @@ def test_constraints_ban_what_constrain_does(sampled: bool, dtype: torch.dtype) 
     written.constrain(wide)
     expected = score(wide, rows, **plain)
     before = logits.clone()
-    found = score(logits, rows, **plain, constraints=beside.constraints(logits))
+    found = score(
+        logits, rows, **plain, constraints=beside.constraints(logits, 5, None)
+    )
     assert torch.equal(logits, before)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -98,5 +101,34 @@ def test_constraints_ban_what_constrain_does(sampled: bool, dtype: torch.dtype) 
 
 def test_no_grammar_is_ready() -> None:
     logits = torch.randn(LENGTH, VOCAB)
-    constraints = grammar_step((0, None, 0)).constraints(logits)
+    constraints = grammar_step((0, None, 0)).constraints(logits, 1, None)
     assert constraints.bitmasks is None
+
+
+def test_constraints_of_the_positions_that_are_read() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(4 * LENGTH, VOCAB, generator=generator)
+    members: list[tuple[int, list[int] | None, int]] = [
+        (1, [3, 40, 64], 2),
+        (2, None, 0),
+        (3, [7, 31], 9),
+    ]
+    every, some = grammar_step(*members), grammar_step(*members)
+    masked = torch.rand(4, LENGTH, generator=generator) < 0.5
+    expected = masked.clone()
+    expected[1, 2:] = expected[2, :] = expected[3, -1] = True
+    read = positions_read(masked, some.members)
+    assert read is not None
+    assert torch.equal(read, expected.view(-1).nonzero().squeeze(1))
+    whole = every.constraints(logits, 4, None)
+    found = some.constraints(logits[read], 4, read)
+    assert whole.bitmasks is not None and whole.bitmask_rows is not None
+    assert found.bitmasks is not None and found.bitmask_rows is not None
+    assert torch.equal(found.bitmasks, whole.bitmasks)
+    assert torch.equal(found.bitmask_rows, whole.bitmask_rows[read])
+    assert torch.equal(some.candidates, every.candidates)
+
+
+def test_all_or_no_position_is_read() -> None:
+    assert positions_read(torch.ones(2, LENGTH, dtype=torch.bool), []) is None
+    assert positions_read(torch.zeros(2, LENGTH, dtype=torch.bool), []) is None

@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from vllm_unmask.engine.rows import DenoisingRows
 
 
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether logits are changed, or reported, before they are scored."""
+    return bool(
+        params.logit_bias
+        or params.bad_words
+        or params.allowed_token_ids
+        or params.min_tokens
+        or params.logprobs is not None
+    )
+
+
 class Biases:
     """Logit biases, allowed tokens, min_tokens and bad words of the request slots.
 
@@ -77,7 +88,7 @@ class Biases:
             return logits.float() if wide else logits, NO_CONSTRAINTS
         alone = not (biased or worded or fused or wide)
         if grammar is not None and alone and has_kernel(logits.device):
-            return logits, grammar.constraints(logits)
+            return logits, grammar.constraints(logits, len(active), rows.read)
         # A copy: log-probabilities are reported from the model's own logits.
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
         if biased:

@@ -38,17 +38,20 @@ class Candidates:
         first_step: int = 0,
         known: Evidence | None = None,
         constraints: Constraints = NO_CONSTRAINTS,
+        read: torch.Tensor | None = None,
     ) -> Scores:
         """Candidates of one block of each request, each tensor [requests, block].
 
         Args:
-            logits: [requests * block, vocab], banned tokens at -inf.
+            logits: [requests * block, vocab], banned tokens at -inf; of those the rows
+                in ``read``.
             positions: int64 [requests * block], absolute.
             slots_np: int64 [requests] -> request slot.
             request_slots: the same on the device.
             first_step: added to the step that random draws depend on.
             known: what has been read of all these rows already.
             constraints: what is banned beside the logits, where a kernel reads them.
+            read: as `DenoisingRows.read`; other positions get token and score 0.
         """
         length = self.states.geometry.block_length
         params = self.sampling
@@ -75,6 +78,8 @@ class Candidates:
         slots = None
         if sampled or not plain:
             slots = request_slots.repeat_interleave(length)
+            if read is not None:
+                slots, positions = slots[read], positions[read]
             sampling_rows = SamplingRows(
                 params.temperature.gpu[slots],
                 params.top_k.gpu[slots].to(torch.int64),
@@ -97,6 +102,9 @@ class Candidates:
             raw_used=bool(self.states.raw_confidence.np[slots_np].any()),
             constraints=constraints,
         )
+        if read is not None:
+            size = len(request_slots) * length
+            flat = Scores(*(x.new_zeros(size).index_copy_(0, read, x) for x in flat))
         return self._never_mask(Scores(*(x.view(-1, length) for x in flat)))
 
     def _never_mask(self, scores: Scores) -> Scores:

@@ -140,6 +140,7 @@ class Stepper:
             rows.slots,
             known=None if strategy is None else strategy.known,
             constraints=constraints,
+            read=rows.read,
         )
         accepted = ops.accept(
             canvas,

@@ -89,15 +89,26 @@ class GrammarStep:
                 min(NUM_CANDIDATES, logits.shape[1]),
             )
 
-    def constraints(self, logits: torch.Tensor) -> Constraints:
+    def constraints(
+        self, logits: torch.Tensor, num_requests: int, read: torch.Tensor | None
+    ) -> Constraints:
         """What `constrain` bans, for a kernel that reads the logits as they are.
 
         Args:
-            logits: [requests * block, vocab], the active blocks.
+            logits: [positions, vocab], of the active blocks.
+            num_requests: number of these.
+            read: as `DenoisingRows.read`.
         """
         rows, bitmask = self._frontiers(logits)
         if not self.ready:
             return NO_CONSTRAINTS
+        of_row = np.full(num_requests, -1)
+        of_row[[row for row, _ in self.ready]] = len(rows)
+        of_row = of_row.repeat(self.length)
+        of_row[rows] = np.arange(len(rows))
+        if read is not None:
+            of_row = of_row[read.numpy()]
+            rows = np.searchsorted(read.numpy(), rows)
         self.candidates = constrain_frontier(
             logits[_beside(logits, rows)].float(),
             torch.arange(len(rows), device=logits.device),
@@ -106,10 +117,6 @@ class GrammarStep:
             1,
             min(NUM_CANDIDATES, logits.shape[1]),
         )
-        of_row = np.full(len(logits) // self.length, -1)
-        of_row[[row for row, _ in self.ready]] = len(rows)
-        of_row = of_row.repeat(self.length)
-        of_row[rows] = np.arange(len(rows))
         bitmasks = np.vstack((bitmask, self.grammars.silent_mask(bitmask.shape[1])))
         return Constraints(
             bitmasks=_beside(logits, bitmasks), bitmask_rows=_beside(logits, of_row)

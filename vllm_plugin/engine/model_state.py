@@ -24,7 +24,7 @@ from vllm_unmask.engine.carry import Carry
 from vllm_unmask.engine.denoising import Stepper
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
-from vllm_unmask.engine.rows import AheadRows, DenoisingRows
+from vllm_unmask.engine.rows import DenoisingRows, positions_read, read_ahead
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
 from vllm_unmask.engine.speculation import Drafts, Speculating
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
@@ -259,11 +259,21 @@ class BlockDiffusionModelState(ModelState):
         ahead = speculating = None
         if len(looking):
             end = query_len + input_batch.query_start_loc_np[batch_index]
-            ahead, rows = self._read_ahead(looking, num_open, to_device(end))
+            ahead, rows = read_ahead(looking, num_open, to_device(end), length)
             logits_rows.append(rows)
         if windows is not None:
             speculating, rows = self._read_windows(batch_index, windows, input_batch)
             logits_rows.append(rows)
+        read = None
+        # A GPU alone knows the masks, and would have to be waited for.
+        on_host = self.device.type == "cpu" and self.carry is None
+        whole = len(logits_rows) > 1 or self.strategies.reads_all[slots_np].any()
+        if on_host and not whole:
+            ids = input_batch.input_ids[logits_rows[0]].view(-1, length)
+            members = self.grammars.members(slots_np)
+            read = positions_read(ids == self.geometry.mask_token_id, members)
+            if read is not None:
+                logits_rows = [logits_rows[0][read]]
         if self.carry is not None:
             fixed = self.states.canvas.num_fixed[slots]
             logits_rows = self.carry.read_canvases(
@@ -274,7 +284,15 @@ class BlockDiffusionModelState(ModelState):
             logits_rows = [torch.cat(logits_rows)]
         (input_batch.logits_indices,) = logits_rows
         self.denoising = DenoisingRows(
-            batch_index, slots_np, slots, width, num_open, start, ahead, speculating
+            batch_index,
+            slots_np,
+            slots,
+            width,
+            num_open,
+            start,
+            ahead,
+            speculating,
+            read,
         )
         return {}
 
@@ -294,24 +312,6 @@ class BlockDiffusionModelState(ModelState):
         rows = np.searchsorted(batch_index, windows.requests)
         logits_rows = windows.logits_rows(width, batch.num_tokens)
         return Speculating(rows, windows, width), logits_rows
-
-    def _read_ahead(
-        self, looking: np.ndarray[Any, Any], num_open: torch.Tensor, end: torch.Tensor
-    ) -> tuple[AheadRows, torch.Tensor]:
-        """The next blocks' logits rows, where the step forwards these blocks.
-
-        Args:
-            looking: int64 [n] -> row of the denoising requests.
-            num_open: int64 [requests], rows from the open block on.
-            end: int64 [requests], row after each query.
-        """
-        length = self.geometry.block_length
-        index = torch.from_numpy(looking).to(num_open.device)
-        num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
-        column = torch.arange(length, device=end.device)
-        rows = torch.minimum(end - num_open + length + column, end - 1)
-        width = (num_open.squeeze(1) - length).clamp(0, length)
-        return AheadRows(looking, width), rows.view(-1)
 
     def prepare_attn(
         self,

@@ -8,6 +8,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 if TYPE_CHECKING:
+    from vllm_unmask.engine.grammar import GrammarRequest
     from vllm_unmask.engine.speculation import Speculating
     from vllm_unmask.engine.verification_step import Drafted
 
@@ -30,6 +31,8 @@ class DenoisingRows(NamedTuple):
     start: torch.Tensor  # int64 [requests], absolute position of the active block
     ahead: AheadRows | None  # None if no request looks ahead
     speculating: "Speculating | None"  # None if no request speculates
+    # int64 [n] -> request * block + position, those that have logits; None for all.
+    read: torch.Tensor | None = None
 
     def choose(
         self, index: np.ndarray[Any, Any], start: torch.Tensor, length: int
@@ -63,7 +66,49 @@ class DenoisingRows(NamedTuple):
 class StepLogits(NamedTuple):
     """Logits that a step reads."""
 
-    logits: torch.Tensor  # [requests * block, vocab], the open blocks
+    # [requests * block, vocab], the open blocks, or of those the rows that are read.
+    logits: torch.Tensor
     # [requests that look ahead * block, vocab], their next blocks.
     ahead: torch.Tensor | None = None
     drafted: "Drafted | None" = None  # of requests that verify
+
+
+def positions_read(
+    masked: torch.Tensor, members: "list[tuple[int, GrammarRequest]]"
+) -> torch.Tensor | None:
+    """Positions that a step of plain requests reads, as `DenoisingRows.read`.
+
+    Masks, and what a grammar may still take back. The head is a large part of a
+    forward, and half of the positions of a block are known on average.
+
+    Args:
+        masked: bool [requests, block], on the host; changed.
+        members: rows of the requests that have a grammar, and these.
+    """
+    for row, request in members:
+        first = 0 if request.state is None else request.frontier
+        masked[row, min(first, masked.shape[1] - 1) :] = True
+    read = masked.view(-1).nonzero().squeeze(1)
+    return read if 0 < len(read) < masked.numel() else None
+
+
+def read_ahead(
+    looking: np.ndarray[Any, Any],
+    num_open: torch.Tensor,
+    end: torch.Tensor,
+    length: int,
+) -> tuple[AheadRows, torch.Tensor]:
+    """The next blocks' logits rows, where the step forwards these blocks.
+
+    Args:
+        looking: int64 [n] -> row of the denoising requests.
+        num_open: int64 [requests], rows from the open block on.
+        end: int64 [requests], row after each query.
+        length: positions of a block.
+    """
+    index = torch.from_numpy(looking).to(num_open.device)
+    num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
+    column = torch.arange(length, device=end.device)
+    rows = torch.minimum(end - num_open + length + column, end - 1)
+    width = (num_open.squeeze(1) - length).clamp(0, length)
+    return AheadRows(looking, width), rows.view(-1)

@@ -97,8 +97,7 @@ class BlockDiffusionSampler:
         if rows is not None:
             index = rows.batch_index
             if self.compute_nans:
-                nans = logits[: len(index) * length].isnan()
-                nans = nans.view(len(index), -1).sum(dim=1)
+                nans = self._count_nans(logits, rows)
                 num_nans = _place(nans, index, torch.zeros_like(num_rejected))
             stepped = self._denoise(logits, rows)
             self.stepper.tracer.end_forward(rows)
@@ -125,6 +124,20 @@ class BlockDiffusionSampler:
                 self.stepper.grammars.counters.add(name, count)
             totals.zero_()
 
+    def _num_open(self, rows: DenoisingRows) -> int:
+        """Logits rows of the open blocks."""
+        if rows.read is not None:
+            return len(rows.read)
+        return len(rows.slots_np) * self.geometry.block_length
+
+    def _count_nans(self, logits: torch.Tensor, rows: DenoisingRows) -> torch.Tensor:
+        """NaNs in the logits of each open block, int64 [requests]."""
+        num = logits[: self._num_open(rows)].isnan().sum(dim=1)
+        if rows.read is not None:
+            size = len(rows.slots_np) * self.geometry.block_length
+            num = num.new_zeros(size).index_copy_(0, rows.read, num)
+        return num.view(len(rows.slots_np), -1).sum(dim=1)
+
     def _denoise(self, logits: torch.Tensor, rows: DenoisingRows) -> Stepped:
         """The denoising steps of one forward pass.
 
@@ -134,7 +147,7 @@ class BlockDiffusionSampler:
             rows: the requests that denoise.
         """
         length = self.geometry.block_length
-        end = ahead = len(rows.slots_np) * length
+        end = ahead = self._num_open(rows)
         if rows.ahead is not None:
             ahead += len(rows.ahead.rows) * length
         speculating, drafts = rows.speculating, self.model_state.drafts

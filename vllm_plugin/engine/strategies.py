@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_unmask.decoding.history import Stability
 from vllm_unmask.decoding.learned import Filter
 from vllm_unmask.decoding.strategy import Parameters, State
+from vllm_unmask.engine.biases import changes_logits
 from vllm_unmask.engine.states import BlockGeometry, each, put, select, take
 from vllm_unmask.options import DecodingOptions
 from vllm_unmask.seeds import Seeds
@@ -100,6 +101,8 @@ class Strategies:
         self.delimiters = delimiters
         # Slots of the same number share their fillers; 0 is plain.
         self.kind = np.zeros(max_num_reqs, np.int64)
+        # Request slot -> whether its steps read positions that are not masked.
+        self.reads_all = np.zeros(max_num_reqs, np.bool_)
         self.kinds: list[tuple[frozenset[str], str]] = [(frozenset(), "")]
         self.parameters = np.zeros((max_num_reqs, len(_COLUMNS)), np.float32)
         self.stop_ids = np.full((max_num_reqs, 1), -1, np.int64)
@@ -133,6 +136,8 @@ class Strategies:
         if "klass" in options.fillers:
             self.settling[req_id] = slot
         self.kind[slot] = 0
+        plain = is_plain(options, seeds) and SPECULATION.isdisjoint(options.fillers)
+        self.reads_all[slot] = not plain or changes_logits(params)
         if is_plain(options, seeds):
             return
         fillers = options.fillers
