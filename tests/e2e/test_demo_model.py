@@ -16,10 +16,19 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 THRESHOLD = {"unmask_strategy": "threshold", "unmask_threshold": 0.9}
 
 
+# Model -> output tokens of a request's forward at threshold 0.9, at least.
+MODELS = {"sdar": 5, "sdar16": 8}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def engine() -> Iterator[EngineProcess]:
+def engine(name: str) -> Iterator[EngineProcess]:
     with EngineProcess(
-        model=str(DEMO / "sdar"),
+        model=str(DEMO / name),
         dtype="bfloat16",
         max_model_len=512,
         max_num_seqs=16,
@@ -49,12 +58,14 @@ def extract(engine: EngineProcess, extra: dict[str, Any]) -> tuple[float, float]
     return right / len(wanted), num_tokens / denoising_steps
 
 
-def test_threshold_is_as_right_as_one_token_a_step(engine: EngineProcess) -> None:
+def test_threshold_is_as_right_as_one_token_a_step(
+    engine: EngineProcess, name: str
+) -> None:
     assert len(records()) >= 300
     careful, one = extract(engine, {"unmask_strategy": "static"})
     fast, many = extract(engine, THRESHOLD)
     assert careful >= 0.93
     assert fast >= careful - 0.02
-    assert many >= 5
+    assert many >= MODELS[name]
     # The end of the last block is forwarded, but is not output.
     assert 0.8 < one <= 1
