@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding of LLaDA and Dream with Fast-dLLM's caches, in plain torch.
+"""Decoding with the caches of Fast-dLLM (LLaDA, Dream) and Fast-dLLM v2, in plain torch.
 
 Keys and values of every position are kept as the last forward that had the position
 computed them. Independent of the plugin and of vLLM.
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from dense_reference import Choose, Weights, attend, rms_norm, rotate
 
-# Dream's names (Qwen2's) -> LLaDA's.
+# The names of Dream and Fast-dLLM v2 (Qwen2's), and SDAR's (Qwen3's) -> LLaDA's.
 _RENAMED = {
     "model.embed_tokens": "model.transformer.wte",
     "model.norm": "model.transformer.ln_f",
@@ -27,7 +27,7 @@ _RENAMED = {
 
 
 def as_llada(config: dict[str, Any], weights: Weights) -> tuple[Any, Weights]:
-    """A tiny Dream checkpoint under LLaDA's names, biases beside the weights."""
+    """A tiny checkpoint under LLaDA's names, biases beside the weights."""
     renamed = {}
     for name, weight in weights.items():
         for old, new in _RENAMED.items():
@@ -50,7 +50,7 @@ class CachedLLaDA:
 
     def __init__(self, config: dict[str, Any], weights: Weights, length: int) -> None:
         self.config, self.weights = config, weights
-        self.dim = config["d_model"] // config["n_heads"]
+        self.dim = config.get("head_dim", config["d_model"] // config["n_heads"])
         shape = (config["n_layers"], 2, config["n_kv_heads"], length, self.dim)
         self.cache = torch.full(shape, torch.nan)
 
@@ -78,6 +78,8 @@ class CachedLLaDA:
                 .transpose(0, 1)
                 for name in "qkv"
             )
+            if f"{prefix}.q_norm.weight" in self.weights:
+                q, k = rms_norm(q, get("q_norm"), eps), rms_norm(k, get("k_norm"), eps)
             q, k = rotate(q, theta, first), rotate(k, theta, first)
             cache[0, :, rows], cache[1, :, rows] = k, v
             mixed = attend(q, cache[0, :, :end], cache[1, :, :end], everything)
@@ -142,3 +144,68 @@ def decode_cached(
             for column in columns:
                 ids[start + column] = int(candidate[column])
     return ids[len(prompt) :][:max_tokens], rows
+
+
+def decode_sub_blocks(
+    config: dict[str, Any],
+    weights: Weights,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    block: int,
+    small_block: int,
+    threshold: float,
+    shifted: bool,
+    keep: bool = True,
+) -> tuple[list[int], list[int], torch.Tensor]:
+    """The release's ``generate`` of Fast-dLLM v2, greedy, with both of its caches.
+
+    Blocks are final after a forward of their own; of a shifted model it also has the
+    first token of the next one. Sub-blocks are filled from left to right: all tokens
+    above the threshold, at least the surest. The mask is no token here.
+
+    Args:
+        small_block: positions of a sub-block.
+        shifted: whether row ``i - 1`` scores token ``i``. The release knows no other
+            case; without the shift a block's first token is one like the others.
+        keep: whether a forward after a sub-block's first one has the sub-block alone,
+            where no row before it is asked.
+
+    Returns:
+        The output tokens, the rows of the forwards that unmask, and the keys and values
+        [layers, 2, heads, positions, dim] of the whole blocks.
+    """
+    mask_id = config["mask_token_id"]
+    blocks = -(-(len(prompt) + max_tokens) // block)
+    network = CachedLLaDA(config, weights, blocks * block)
+
+    def best(ids: list[int], first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = network.forward(ids[first:end], first, -(-end // block) * block)
+        logits[:, mask_id] = -torch.inf
+        return logits.softmax(-1).max(-1)
+
+    ids = list(prompt)
+    following = torch.tensor([])
+    for start in range(0, len(prompt) // block * block, block):
+        _, following = best(ids, start, start + block)
+    rows = []
+    while len(ids) < len(prompt) + max_tokens:
+        start = len(ids) // block * block
+        if shifted and start == len(ids):
+            ids.append(int(following[-1]))
+        ids += [mask_id] * (start + block - len(ids))
+        for left in range(start, start + block, small_block):
+            right, visits = min(left + small_block, start + block), 0
+            while masked := [i for i in range(left, right) if ids[i] == mask_id]:
+                whole = visits == 0 or (shifted and ids[left] == mask_id) or not keep
+                visits += 1
+                first, end = (start, start + block) if whole else (left, right)
+                rows.append(end - first)
+                sure, token = best(ids, first, end)
+                scored_by = {i: max(i - shifted, first) - first for i in masked}
+                surest = max(masked, key=lambda i: float(sure[scored_by[i]]))
+                for i in masked:
+                    if i == surest or float(sure[scored_by[i]]) > threshold:
+                        ids[i] = int(token[scored_by[i]])
+        _, following = best(ids, start, start + block)
+    return ids[len(prompt) :][:max_tokens], rows, network.cache

@@ -5,7 +5,7 @@ Imports neither torch nor vLLM.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_unmask.limits import OptionError as OptionError
 from vllm_unmask.presets import StrategyError, allowed, compose
 from vllm_unmask.request_options import DecodingOptions as DecodingOptions
 from vllm_unmask.request_options import option
+from vllm_unmask.requirements import reads_parts
 
 REQUEST_PREFIX = "unmask_"
 SERVER_KEY = "unmask"
@@ -133,6 +134,9 @@ def overlaid(
         # The server's options were made for the server's strategy.
         base = {name: base[name] for name in _KEPT}
     options = DecodingOptions(**(base | checked))
+    inherited = "strategy" in checked and "cache" not in checked
+    if inherited and options.cache == "sub_block" and not reads_parts(options):
+        options = replace(options, cache=None)
     if strategy_known:
         for name, value in given.items():
             applies = limits[name].applies

@@ -327,9 +327,11 @@ class DecodingOptions:
     cache: str | None = _of_strategy(
         "choice",
         "keys and values that a step takes from the block's first one: none (exact), "
-        "those before the block (prefix), all but the block's (dual)",
-        choices=("none", "prefix", "dual"),
-        condition="a model with full attention",
+        "those before the block (prefix), all but the block's (dual); from the "
+        "sub-block's first one: those of the other sub-blocks (sub_block)",
+        choices=("none", "prefix", "dual", "sub_block"),
+        condition="a model with full attention; none and sub_block: a block-causal "
+        "one, sub_block beside sub_blocks",
     )
     refresh: int | None = _of_strategy(
         "int",

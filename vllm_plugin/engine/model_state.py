@@ -24,12 +24,13 @@ from vllm_unmask.engine.carry import Carry
 from vllm_unmask.engine.denoising import Stepper
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
-from vllm_unmask.engine.rows import AheadRows, DenoisingRows
+from vllm_unmask.engine.rows import DenoisingRows, read_ahead
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
 from vllm_unmask.engine.speculation import Drafts, Speculating
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
 from vllm_unmask.engine.strategies import SPECULATION, Strategies
 from vllm_unmask.engine.strategy_data import Delimiters
+from vllm_unmask.engine.sub_blocks import SubBlocks
 from vllm_unmask.engine.tracing import Tracer
 from vllm_unmask.engine.verification import Verifier
 from vllm_unmask.engine.windows import (
@@ -115,6 +116,12 @@ class BlockDiffusionModelState(ModelState):
         self.windows: Windows | None = None
         self.causal_kv: bool = served["server"]["causal_kv"]
         self.asynchronous = vllm_config.scheduler_config.async_scheduling
+        self.sub_blocks = SubBlocks(
+            self.states,
+            self.model_config.max_model_len,
+            served["shifted"],
+            self.first_alone,
+        )
         self.denoising: DenoisingRows | None = None
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
@@ -162,6 +169,8 @@ class BlockDiffusionModelState(ModelState):
         self.grammars.add_request(
             req_index, req_id, record, token_ids[num_prompt:], num_fixed
         )
+        if not self.asynchronous:
+            self.sub_blocks.add_request(req_index, options)
         self._admit(req_index, options)
 
     def _admit(self, slot: int, options: DecodingOptions) -> None:
@@ -180,7 +189,8 @@ class BlockDiffusionModelState(ModelState):
             rows: the requests of a step.
             complete: bool [requests], blocks that the step has completed.
         """
-        return rows.num_open
+        skipped = self.sub_blocks.plan(rows, complete)
+        return rows.num_open if skipped is None else rows.num_open - skipped
 
     def remove_request(self, req_id: str) -> None:
         self.grammars.remove_request(req_id)
@@ -254,12 +264,16 @@ class BlockDiffusionModelState(ModelState):
         first = canvas_len - num_open
         start = input_batch.positions[query_start] + first
         num_open = num_open + to_device(query_len) - canvas_len
+        denoising = DenoisingRows(
+            batch_index, slots_np, slots, width, num_open, start, None, None
+        )
+        denoising = self.sub_blocks.place(input_batch, req_states, denoising)
         logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
         ahead = speculating = None
         if len(looking):
             end = query_len + input_batch.query_start_loc_np[batch_index]
-            ahead, rows = self._read_ahead(looking, num_open, to_device(end))
+            ahead, rows = read_ahead(looking, num_open, to_device(end), length)
             logits_rows.append(rows)
         if windows is not None:
             speculating, rows = self._read_windows(batch_index, windows, input_batch)
@@ -273,9 +287,7 @@ class BlockDiffusionModelState(ModelState):
         if len(logits_rows) > 1:
             logits_rows = [torch.cat(logits_rows)]
         (input_batch.logits_indices,) = logits_rows
-        self.denoising = DenoisingRows(
-            batch_index, slots_np, slots, width, num_open, start, ahead, speculating
-        )
+        self.denoising = denoising._replace(ahead=ahead, speculating=speculating)
         return {}
 
     def _read_windows(
@@ -294,24 +306,6 @@ class BlockDiffusionModelState(ModelState):
         rows = np.searchsorted(batch_index, windows.requests)
         logits_rows = windows.logits_rows(width, batch.num_tokens)
         return Speculating(rows, windows, width), logits_rows
-
-    def _read_ahead(
-        self, looking: np.ndarray[Any, Any], num_open: torch.Tensor, end: torch.Tensor
-    ) -> tuple[AheadRows, torch.Tensor]:
-        """The next blocks' logits rows, where the step forwards these blocks.
-
-        Args:
-            looking: int64 [n] -> row of the denoising requests.
-            num_open: int64 [requests], rows from the open block on.
-            end: int64 [requests], row after each query.
-        """
-        length = self.geometry.block_length
-        index = torch.from_numpy(looking).to(num_open.device)
-        num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
-        column = torch.arange(length, device=end.device)
-        rows = torch.minimum(end - num_open + length + column, end - 1)
-        width = (num_open.squeeze(1) - length).clamp(0, length)
-        return AheadRows(looking, width), rows.view(-1)
 
     def prepare_attn(
         self,
@@ -344,4 +338,5 @@ class BlockDiffusionModelState(ModelState):
             self.geometry.block_length,
             self.windows,
             num_final,
+            self.sub_blocks.beyond(input_batch),
         )

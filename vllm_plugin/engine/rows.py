@@ -19,6 +19,28 @@ class AheadRows(NamedTuple):
     width: torch.Tensor  # int64 [requests], positions of that block, 0..L
 
 
+def read_ahead(
+    looking: np.ndarray[Any, Any],
+    num_open: torch.Tensor,
+    end: torch.Tensor,
+    length: int,
+) -> tuple[AheadRows, torch.Tensor]:
+    """The next blocks' logits rows, where the step forwards these blocks.
+
+    Args:
+        looking: int64 [n] -> row of the denoising requests.
+        num_open: int64 [requests], rows from the open block on.
+        end: int64 [requests], row after each query.
+        length: positions of a block.
+    """
+    index = torch.from_numpy(looking).to(num_open.device)
+    num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
+    column = torch.arange(length, device=end.device)
+    rows = torch.minimum(end - num_open + length + column, end - 1)
+    width = (num_open.squeeze(1) - length).clamp(0, length)
+    return AheadRows(looking, width), rows.view(-1)
+
+
 class DenoisingRows(NamedTuple):
     """The requests of a step that denoise, and the logits rows they read."""
 
@@ -30,6 +52,8 @@ class DenoisingRows(NamedTuple):
     start: torch.Tensor  # int64 [requests], absolute position of the active block
     ahead: AheadRows | None  # None if no request looks ahead
     speculating: "Speculating | None"  # None if no request speculates
+    # bool [requests, block], positions that have a row; None for all.
+    forwarded: torch.Tensor | None = None
 
     def choose(
         self, index: np.ndarray[Any, Any], start: torch.Tensor, length: int
