@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding with the caches of Fast-dLLM (LLaDA, Dream) and Fast-dLLM v2, in plain torch.
+"""Decoding with the caches of Fast-dLLM and Fast-dLLM v2, in plain torch.
 
 Keys and values of every position are kept as the last forward that had the position
 computed them. Independent of the plugin and of vLLM.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from dense_reference import Choose, Weights, attend, rms_norm, rotate
@@ -146,6 +146,14 @@ def decode_cached(
     return ids[len(prompt) :][:max_tokens], rows
 
 
+class Decoded(NamedTuple):
+    """What came of a request whose blocks have sub-blocks."""
+
+    tokens: list[int]
+    sureness: list[float]  # of each token's logits row, when it was unmasked
+    rows: list[list[int]]  # rows of the forwards that unmask, by block
+
+
 def decode_sub_blocks(
     config: dict[str, Any],
     weights: Weights,
@@ -157,7 +165,9 @@ def decode_sub_blocks(
     threshold: float,
     shifted: bool,
     keep: bool = True,
-) -> tuple[list[int], list[int], torch.Tensor]:
+    seeds: tuple[int, ...] = (),
+    max_model_len: int = 1 << 30,
+) -> Decoded:
     """The release's ``generate`` of Fast-dLLM v2, greedy, with both of its caches.
 
     Blocks are final after a forward of their own; of a shifted model it also has the
@@ -170,42 +180,43 @@ def decode_sub_blocks(
             case; without the shift a block's first token is one like the others.
         keep: whether a forward after a sub-block's first one has the sub-block alone,
             where no row before it is asked.
-
-    Returns:
-        The output tokens, the rows of the forwards that unmask, and the keys and values
-        [layers, 2, heads, positions, dim] of the whole blocks.
+        seeds: what the output starts with, the mask where that is open.
     """
     mask_id = config["mask_token_id"]
-    blocks = -(-(len(prompt) + max_tokens) // block)
-    network = CachedLLaDA(config, weights, blocks * block)
+    stop = min(len(prompt) + max_tokens, max_model_len)
+    network = CachedLLaDA(config, weights, stop + block)
 
-    def best(ids: list[int], first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = network.forward(ids[first:end], first, -(-end // block) * block)
+    def best(first: int, last: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = network.forward(ids[first:last], first, end)
         logits[:, mask_id] = -torch.inf
         return logits.softmax(-1).max(-1)
 
-    ids = list(prompt)
-    following = torch.tensor([])
+    ids, sureness = list(prompt), [1.0] * len(prompt)
     for start in range(0, len(prompt) // block * block, block):
-        _, following = best(ids, start, start + block)
+        following = best(start, start + block, start + block)
     rows = []
-    while len(ids) < len(prompt) + max_tokens:
-        start = len(ids) // block * block
-        if shifted and start == len(ids):
-            ids.append(int(following[-1]))
-        ids += [mask_id] * (start + block - len(ids))
-        for left in range(start, start + block, small_block):
-            right, visits = min(left + small_block, start + block), 0
+    while len(ids) < stop:
+        start, known = len(ids) // block * block, len(ids) - len(prompt)
+        end = min(start + block, max_model_len)
+        ids += (*seeds[known:], *[mask_id] * block)[: end - len(ids)]
+        sureness += [1.0] * (end - len(sureness))
+        if shifted and ids[start] == mask_id:
+            sureness[start], ids[start] = (x[-1].item() for x in following)
+        rows.append([])
+        for left in range(start, end, small_block):
+            right, visits = min(left + small_block, end), 0
             while masked := [i for i in range(left, right) if ids[i] == mask_id]:
                 whole = visits == 0 or (shifted and ids[left] == mask_id) or not keep
                 visits += 1
-                first, end = (start, start + block) if whole else (left, right)
-                rows.append(end - first)
-                sure, token = best(ids, first, end)
+                first, last = (start, end) if whole else (left, right)
+                rows[-1].append(last - first)
+                sure, token = best(first, last, end)
                 scored_by = {i: max(i - shifted, first) - first for i in masked}
                 surest = max(masked, key=lambda i: float(sure[scored_by[i]]))
                 for i in masked:
                     if i == surest or float(sure[scored_by[i]]) > threshold:
                         ids[i] = int(token[scored_by[i]])
-        _, following = best(ids, start, start + block)
-    return ids[len(prompt) :][:max_tokens], rows, network.cache
+                        sureness[i] = float(sure[scored_by[i]])
+        following = best(start, end, end)
+    output = slice(len(prompt), stop)
+    return Decoded(ids[output], sureness[output], rows)

@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 class Parts(NamedTuple):
     """Queries that have a part of their open block; int64 [queries] each."""
 
-    index: Array  # -> row of the batch
+    request: Array  # -> row of the batch
     start: Array  # absolute position of the open block
     before: Array  # rows of the query before the open block
     first: Array  # column of the block that the query begins with, 0 for one before it
@@ -108,7 +108,7 @@ class SubBlocks:
         if parts is None:
             return None
         beyond = np.zeros(batch.num_reqs, np.int64)
-        beyond[parts.index] = parts.beyond
+        beyond[parts.request] = parts.beyond
         return beyond
 
     def place(
@@ -146,10 +146,10 @@ class SubBlocks:
         self, batch: InputBatch, rows: DenoisingRows, parts: Parts
     ) -> DenoisingRows:
         to_device = self._device
-        row = np.searchsorted(rows.batch_index, parts.index)
+        row = np.searchsorted(rows.batch_index, parts.request)
         index, start, width = map(to_device, (row, parts.start, parts.width))
         # A column's row of the batch is this far from it.
-        begin = batch.query_start_loc_np[parts.index] + parts.before - parts.first
+        begin = batch.query_start_loc_np[parts.request] + parts.before - parts.first
         begin, first, end = (
             to_device(field).unsqueeze(1) for field in (begin, parts.first, parts.end)
         )
