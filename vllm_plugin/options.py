@@ -19,7 +19,6 @@ from vllm_unmask.limits import OptionError as OptionError
 from vllm_unmask.presets import StrategyError, allowed, compose
 from vllm_unmask.request_options import DecodingOptions as DecodingOptions
 from vllm_unmask.request_options import option
-from vllm_unmask.requirements import reads_parts
 
 REQUEST_PREFIX = "unmask_"
 SERVER_KEY = "unmask"
@@ -135,7 +134,7 @@ def overlaid(
         base = {name: base[name] for name in _KEPT}
     options = DecodingOptions(**(base | checked))
     inherited = "strategy" in checked and "cache" not in checked
-    if inherited and options.cache == "sub_block" and not reads_parts(options):
+    if inherited and options.cache == "sub_block" and not options.reads_parts:
         options = replace(options, cache=None)
     if strategy_known:
         for name, value in given.items():

@@ -5,7 +5,7 @@ Imports neither torch nor vLLM.
 """
 
 from vllm_unmask.limits import refused
-from vllm_unmask.request_options import DecodingOptions
+from vllm_unmask.request_options import OF_WHOLE_BLOCKS, DecodingOptions
 
 # Options of models with full attention alone.
 _OF_FULL_ATTENTION = ("refresh", "window")
@@ -17,17 +17,6 @@ _CACHES = {
 }
 # Fillers that need a cache which no later token changes.
 _OF_FINAL_CACHE = ("lookahead", "freedave", "s2d2")
-# Fillers that read all of a block in every step, or rows behind it.
-_OF_WHOLE_BLOCKS = (
-    "klass",
-    "credit",
-    "learned",
-    "prophet",
-    "sched",
-    "edit",
-    "remdm",
-    *_OF_FINAL_CACHE,
-)
 # Fillers that remember a block, need its grid, or ask for more rows than a window has.
 _OF_BLOCKS = (
     "klass",
@@ -116,7 +105,7 @@ def _require_cache(options: DecodingOptions, attention: str, prefix: str) -> Non
             " or ".join(allowed) or "it for a model with full attention",
             f"has no effect, as this model's attention is {attention}",
         )
-    if value != "sub_block" or reads_parts(options):
+    if value != "sub_block" or options.reads_parts:
         return
     if "sub_blocks" not in options.fillers:
         raise refused(
@@ -125,19 +114,12 @@ def _require_cache(options: DecodingOptions, attention: str, prefix: str) -> Non
             f"it beside a strategy with sub_blocks, not {options.strategy}",
             "needs sub-blocks",
         )
-    (filler, *_) = (f for f in _OF_WHOLE_BLOCKS if f in options.fillers)
+    filler, *_ = (f for f in OF_WHOLE_BLOCKS if f in options.fillers)
     raise refused(
         prefix + "cache",
         value,
         f"none, or a strategy without {filler}",
         f"leaves out rows that {filler} reads in every step",
-    )
-
-
-def reads_parts(options: DecodingOptions) -> bool:
-    """Whether a strategy reads nothing but its open sub-block between visits."""
-    return "sub_blocks" in options.fillers and options.fillers.isdisjoint(
-        _OF_WHOLE_BLOCKS
     )
 
 
