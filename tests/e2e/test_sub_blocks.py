@@ -60,6 +60,7 @@ class Served(NamedTuple):
     config: dict[str, Any]
     weights: Weights
     shifted: bool
+    block: int = BLOCK
 
     def decode(
         self, prompt: list[int], small_block: int, threshold: float, **options: Any
@@ -68,7 +69,7 @@ class Served(NamedTuple):
             *as_llada(self.config, self.weights),
             prompt,
             options.pop("max_tokens", MAX_TOKENS),
-            block=BLOCK,
+            block=self.block,
             small_block=small_block,
             threshold=threshold,
             shifted=self.shifted,
