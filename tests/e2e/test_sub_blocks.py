@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import engine_calls
 import family_calls
 import pytest
+import sub_block_calls
 import torch
 from cached_reference import Decoded, as_llada, decode_sub_blocks
 from checkpoints import (
@@ -216,6 +217,34 @@ def test_seeds_are_seen(served: Served, at: int) -> None:
     expected = served.decode(prompt, 4, 0.9, seeds=seeds).tokens
     assert served.generate([prompt], greedy(4, 0.9, extra=extra)) == [expected]
     assert expected[at : at + 2] == [17, 18]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "sub_blocks+static+end_of_text",
+        "eos_rejection+sub_blocks+entropy_bounded",
+        "sub_blocks+hierarchy",
+        "sub_blocks+bacd",
+        "sub_blocks+ccd",
+        "sub_blocks+dimple",
+        "sub_blocks+cad+end_of_text",
+    ],
+)
+def test_positions_without_a_row_are_left_alone(served: Served, strategy: str) -> None:
+    """Also those that are known without one, behind a stop token."""
+    asked = greedy(4, 0.9, extra={"unmask_strategy": strategy}, max_tokens=40)
+    extra = asked["extra_args"]
+    del extra["unmask_threshold"]
+    if strategy.endswith("end_of_text"):
+        # Stop tokens, sooner or later in their sub-blocks.
+        extra["unmask_order"] = "random"
+        asked |= {"logit_bias": {EOS: 6.0}, "stop_token_ids": [EOS]}
+    parts, changes = served.engine.run(
+        sub_block_calls.changes_without_rows, prompts(), asked
+    )
+    assert parts > 10
+    assert changes == 0
 
 
 def test_sampled_tokens_are_those_of_the_request_alone(served: Served) -> None:
