@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling of requests that forward sub-blocks (`engine.sub_blocks`)."""
+"""Scheduling of requests that forward sub-blocks (`engine.sub_blocks`).
+
+The exception to the rule that queries start on the block grid: theirs may begin and
+end inside the open block. Which sub-block comes next is known to the worker alone, and
+only when a step is done, so nothing may be in flight.
+"""
 
 from typing import Any
 
