@@ -86,7 +86,10 @@ class Served(NamedTuple):
 CONFIGS = {"fast_dllm_v2": fast_dllm_v2_config, "sdar": sdar_config}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(
+    scope="module",
+    params=["fast_dllm_v2", pytest.param("sdar", marks=pytest.mark.slow)],
+)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
