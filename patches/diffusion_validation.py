@@ -19,6 +19,7 @@ from vllm_unmask.patches.served import served_record
 from vllm_unmask.requirements import (
     require_attention_fit,
     require_filter,
+    require_parts_scheduled,
     require_seeds_fit,
 )
 from vllm_unmask.seeds import PINNED_KEY, SEED_KEY, Seeds, parse_seeds
@@ -89,6 +90,9 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
         require_filter(options, record["filter"], REQUEST_PREFIX)
         require_attention_fit(options, record["attention"], REQUEST_PREFIX)
         require_candidates_fit(server, options, REQUEST_PREFIX)
+        require_parts_scheduled(
+            options, server.layout, record["synchronous"], REQUEST_PREFIX
+        )
         seeds = parse_seeds(
             extra_args,
             record["vocab_size"],

@@ -13,8 +13,8 @@ def served_record(model_config: Any) -> Mapping[str, Any] | None:
 
     A JSON-safe mapping on the checkpoint's config, which travels with it to every
     process: `server` (see `vllm_unmask.options.server_options_to_dict`),
-    `attention` ("block_causal", "full" or "causal"), `block_length`, `mask_token_id`
-    and `vocab_size`.
+    `attention` ("block_causal", "full" or "causal"), `synchronous`, `block_length`,
+    `mask_token_id` and `vocab_size`.
     """
     return getattr(model_config.hf_config, "unmask_served", None)
 

@@ -17,7 +17,11 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_unmask.options import GRAMMAR_KEY
+from vllm_unmask.options import (
+    GRAMMAR_KEY,
+    parse_request_options,
+    server_options_from_dict,
+)
 from vllm_unmask.patches import Guard, Patch, Replacement
 from vllm_unmask.patches.served import is_ours, served_record
 from vllm_unmask.seeds import PINNED_KEY, moved_seeds, pinned_positions
@@ -228,6 +232,7 @@ def _build_process(original: Callable[..., Any]) -> Callable[..., Any]:
         params.ignore_eos = False
         request = original(self, request_id, prompt, params, *args, **kwargs)
         own = request.sampling_params
+        _require_rows(self.model_config, own)
         record = admission.record(compiled, own, len(request.prompt_token_ids or ()))
         if ignores_stops:
             record["stop_ids"] = []
@@ -235,6 +240,23 @@ def _build_process(original: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return process_inputs
+
+
+def _require_rows(model_config: Any, params: Any) -> None:
+    """Refuse log-probabilities of tokens that a grammar writes without their rows."""
+    record = served_record(model_config)
+    if record is None or params.logprobs is None:
+        return
+    defaults = server_options_from_dict(record["server"]).decoding
+    length = record["block_length"]
+    if parse_request_options(params.extra_args, defaults, length).cache == "sub_block":
+        _refuse(
+            f"logprobs={params.logprobs} is not possible with a structured output and "
+            "cache=sub_block, where a grammar may complete a block without its "
+            "logits: expected no logprobs, or unmask_cache=none",
+            "logprobs",
+            params.logprobs,
+        )
 
 
 def _build_add_request(original: Callable[..., Any]) -> Callable[..., Any]:

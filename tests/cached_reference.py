@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding of LLaDA and Dream with Fast-dLLM's caches, in plain torch.
+"""Decoding with the caches of Fast-dLLM and Fast-dLLM v2, in plain torch.
 
 Keys and values of every position are kept as the last forward that had the position
 computed them. Independent of the plugin and of vLLM.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from dense_reference import Choose, Weights, attend, rms_norm, rotate
 
-# Dream's names (Qwen2's) -> LLaDA's.
+# The names of Dream and Fast-dLLM v2 (Qwen2's), and SDAR's (Qwen3's) -> LLaDA's.
 _RENAMED = {
     "model.embed_tokens": "model.transformer.wte",
     "model.norm": "model.transformer.ln_f",
@@ -27,7 +27,7 @@ _RENAMED = {
 
 
 def as_llada(config: dict[str, Any], weights: Weights) -> tuple[Any, Weights]:
-    """A tiny Dream checkpoint under LLaDA's names, biases beside the weights."""
+    """A tiny checkpoint under LLaDA's names, biases beside the weights."""
     renamed = {}
     for name, weight in weights.items():
         for old, new in _RENAMED.items():
@@ -50,7 +50,7 @@ class CachedLLaDA:
 
     def __init__(self, config: dict[str, Any], weights: Weights, length: int) -> None:
         self.config, self.weights = config, weights
-        self.dim = config["d_model"] // config["n_heads"]
+        self.dim = config.get("head_dim", config["d_model"] // config["n_heads"])
         shape = (config["n_layers"], 2, config["n_kv_heads"], length, self.dim)
         self.cache = torch.full(shape, torch.nan)
 
@@ -78,6 +78,8 @@ class CachedLLaDA:
                 .transpose(0, 1)
                 for name in "qkv"
             )
+            if f"{prefix}.q_norm.weight" in self.weights:
+                q, k = rms_norm(q, get("q_norm"), eps), rms_norm(k, get("k_norm"), eps)
             q, k = rotate(q, theta, first), rotate(k, theta, first)
             cache[0, :, rows], cache[1, :, rows] = k, v
             mixed = attend(q, cache[0, :, :end], cache[1, :, :end], everything)
@@ -142,3 +144,79 @@ def decode_cached(
             for column in columns:
                 ids[start + column] = int(candidate[column])
     return ids[len(prompt) :][:max_tokens], rows
+
+
+class Decoded(NamedTuple):
+    """What came of a request whose blocks have sub-blocks."""
+
+    tokens: list[int]
+    sureness: list[float]  # of each token's logits row, when it was unmasked
+    rows: list[list[int]]  # rows of the forwards that unmask, by block
+
+
+def decode_sub_blocks(
+    config: dict[str, Any],
+    weights: Weights,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    block: int,
+    small_block: int,
+    threshold: float,
+    shifted: bool,
+    keep: bool = True,
+    seeds: tuple[int, ...] = (),
+    max_model_len: int = 1 << 30,
+) -> Decoded:
+    """The release's ``generate`` of Fast-dLLM v2, greedy, with both of its caches.
+
+    Blocks are final after a forward of their own; of a shifted model it also has the
+    first token of the next one. Sub-blocks are filled from left to right: all tokens
+    above the threshold, at least the surest. The mask is no token here.
+
+    Args:
+        small_block: positions of a sub-block.
+        shifted: whether row ``i - 1`` scores token ``i``. The release knows no other
+            case; without the shift a block's first token is one like the others.
+        keep: whether a forward after a sub-block's first one has the sub-block alone,
+            where no row before it is asked.
+        seeds: what the output starts with, the mask where that is open.
+    """
+    mask_id = config["mask_token_id"]
+    stop = min(len(prompt) + max_tokens, max_model_len)
+    network = CachedLLaDA(config, weights, stop + block)
+
+    def best(first: int, last: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = network.forward(ids[first:last], first, end)
+        logits[:, mask_id] = -torch.inf
+        return logits.softmax(-1).max(-1)
+
+    ids, sureness = list(prompt), [1.0] * len(prompt)
+    for start in range(0, len(prompt) // block * block, block):
+        following = best(start, start + block, start + block)
+    rows = []
+    while len(ids) < stop:
+        start, known = len(ids) // block * block, len(ids) - len(prompt)
+        end = min(start + block, max_model_len)
+        ids += (*seeds[known:], *[mask_id] * block)[: end - len(ids)]
+        sureness += [1.0] * (end - len(sureness))
+        if shifted and ids[start] == mask_id:
+            sureness[start], ids[start] = (x[-1].item() for x in following)
+        rows.append([])
+        for left in range(start, end, small_block):
+            right, visits = min(left + small_block, end), 0
+            while masked := [i for i in range(left, right) if ids[i] == mask_id]:
+                whole = visits == 0 or (shifted and ids[left] == mask_id) or not keep
+                visits += 1
+                first, last = (start, end) if whole else (left, right)
+                rows[-1].append(last - first)
+                sure, token = best(first, last, end)
+                scored_by = {i: max(i - shifted, first) - first for i in masked}
+                surest = max(masked, key=lambda i: float(sure[scored_by[i]]))
+                for i in masked:
+                    if i == surest or float(sure[scored_by[i]]) > threshold:
+                        ids[i] = int(token[scored_by[i]])
+                        sureness[i] = float(sure[scored_by[i]])
+        following = best(start, end, end)
+    output = slice(len(prompt), stop)
+    return Decoded(ids[output], sureness[output], rows)

@@ -172,12 +172,14 @@ def test_checkpoint_that_is_served(
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     code, found = checkpoint(capsys, tmp_path)
     assert (code, found["refused"]) == (0, None)
-    full = family.attention == "full"
     kind = family.attention.replace("_", "-")
     assert found.pop("attention").startswith(kind)
-    approximate = ["prefix (approximate)", "dual (approximate)"]
-    exact = ["none (exact)", *approximate] if full else ["exact"]
-    assert found.pop("cache") == exact
+    caches = {
+        "full": ["none (exact)", "prefix (approximate)", "dual (approximate)"],
+        "block_causal": ["none (exact)", "sub_block (approximate)"],
+        "causal": ["exact"],
+    }
+    assert found.pop("cache") == caches[family.attention]
     assert found == {
         "folder": str(tmp_path),
         "refused": None,

@@ -30,6 +30,7 @@ from vllm_unmask.presets import FILLERS
 from vllm_unmask.requirements import (
     require_attention_fit,
     require_filter,
+    require_parts_scheduled,
     require_seeds_fit,
 )
 
@@ -328,6 +329,58 @@ def test_sampling_params_leaves_to_the_server_what_it_decides() -> None:
     """Whether a threshold applies depends on the server's default strategy."""
     assert sampling_params(threshold=0.5).extra_args == {"unmask_threshold": 0.5}
     assert sampling_params(steps=10**6).extra_args == {"unmask_steps": 10**6}
+
+
+def test_cache_of_sub_blocks() -> None:
+    """For block-causal models, and strategies that read an open sub-block alone."""
+    options = DecodingOptions(strategy="fast_dllm_v2", cache="sub_block")
+    require_attention_fit(options, "block_causal")
+    for attention in ("full", "causal"):
+        with pytest.raises(OptionError, match="unmask_cache='sub_block' has no effec"):
+            require_attention_fit(options, attention, "unmask_")
+    require_parts_scheduled(options, "auto", True)
+    with pytest.raises(OptionError, match="cache='sub_block'.*layout auto or exact"):
+        require_parts_scheduled(options, "uniform", True)
+    with pytest.raises(OptionError, match="cache='sub_block'.*--no-async-scheduling"):
+        require_parts_scheduled(options, "auto", False)
+    require_parts_scheduled(DEFAULTS, "uniform", False)
+
+
+@pytest.mark.parametrize("filler", FILLERS)
+def test_what_reads_whole_blocks_is_not_for_the_cache_of_sub_blocks(
+    filler: str,
+) -> None:
+    kept = {"static", "threshold", "factor", "local_leap", "hierarchy", "cad", "bacd"}
+    kept |= {"entropy_bounded", "entropy_threshold", "entropy_distance", "ccd"}
+    kept |= {"dimple", "eos_rejection", "end_of_text"}
+    if filler in ("adablock", "sub_blocks", "rcr"):  # no other beside them
+        options = DecodingOptions(strategy=filler, cache="sub_block")
+        expected = None if filler == "sub_blocks" else "beside a strategy with sub_b"
+    else:
+        strategy = f"sub_blocks+{filler}"
+        options = DecodingOptions(strategy=strategy, cache="sub_block")
+        expected = None if filler in kept else f"none, or a strategy without {filler}"
+    if expected is None:
+        require_attention_fit(options, "block_causal")
+        return
+    with pytest.raises(OptionError, match=expected):
+        require_attention_fit(options, "block_causal")
+
+
+def test_cache_of_sub_blocks_is_kept_beside_what_goes_with_it() -> None:
+    server = DecodingOptions(strategy="fast_dllm_v2", cache="sub_block")
+    for strategy, cache in (
+        ("sub_blocks+factor", "sub_block"),
+        ("threshold", None),
+        ("fast_dllm_v2+lookahead", None),
+    ):
+        named = parse_request_options({"unmask_strategy": strategy}, server, 8)
+        assert named.cache == cache
+        require_attention_fit(named, "block_causal")
+    asked = {"unmask_strategy": "threshold", "unmask_cache": "sub_block"}
+    named = parse_request_options(asked, server, 8)
+    with pytest.raises(OptionError, match="cache='sub_block' needs sub-blocks"):
+        require_attention_fit(named, "block_causal")
 
 
 def test_options_of_full_attention() -> None:

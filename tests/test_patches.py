@@ -257,6 +257,7 @@ OURS = SimpleNamespace(
                 ServerOptions(decoding=DecodingOptions(steps=4))
             ),
             "attention": "block_causal",
+            "synchronous": True,
             "block_length": 8,
             "mask_token_id": 3,
             "vocab_size": 100,

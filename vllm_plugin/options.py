@@ -5,7 +5,7 @@ Imports neither torch nor vLLM.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -133,6 +133,9 @@ def overlaid(
         # The server's options were made for the server's strategy.
         base = {name: base[name] for name in _KEPT}
     options = DecodingOptions(**{**base, **checked})
+    inherited = "strategy" in checked and "cache" not in checked
+    if inherited and options.cache == "sub_block" and not options.reads_parts:
+        options = replace(options, cache=None)
     if strategy_known:
         for name, value in given.items():
             applies = limits[name].applies

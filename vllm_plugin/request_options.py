@@ -52,6 +52,21 @@ _SCORES = ("score_threshold", "score_hysteresis")
 _SCORE: Any = {"low": -256.0, "high": 256.0}
 
 
+# Fillers that read all of a block in every step, or rows behind it.
+OF_WHOLE_BLOCKS = (
+    "klass",
+    "credit",
+    "learned",
+    "prophet",
+    "sched",
+    "edit",
+    "remdm",
+    "lookahead",
+    "freedave",
+    "s2d2",
+)
+
+
 @dataclass(frozen=True)
 class DecodingOptions:
     """What a request, or the server's default, asks of decoding.
@@ -327,9 +342,11 @@ class DecodingOptions:
     cache: str | None = _of_strategy(
         "choice",
         "keys and values that a step takes from the block's first one: none (exact), "
-        "those before the block (prefix), all but the block's (dual)",
-        choices=("none", "prefix", "dual"),
-        condition="a model with full attention",
+        "those before the block (prefix), all but the block's (dual); from the "
+        "sub-block's first one: those of the other sub-blocks (sub_block)",
+        choices=("none", "prefix", "dual", "sub_block"),
+        condition="a model with full attention; none and sub_block: a block-causal "
+        "one, sub_block beside sub_blocks",
     )
     refresh: int | None = _of_strategy(
         "int",
@@ -358,6 +375,12 @@ class DecodingOptions:
     def fillers(self) -> frozenset[str]:
         """The fillers of the strategy's slots."""
         return compose(self.strategy).fillers
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether most steps read nothing of a block but its open sub-block."""
+        fillers = self.fillers
+        return "sub_blocks" in fillers and fillers.isdisjoint(OF_WHOLE_BLOCKS)
 
     def value(self, name: str) -> Any:
         """An option as given, or what the strategy sets, or its default.

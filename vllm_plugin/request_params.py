@@ -83,7 +83,7 @@ def sampling_params(
     exploration: float | None = None,
     tempering: float | None = None,
     doubt: float | None = None,
-    cache: Literal["none", "prefix", "dual"] | None = None,
+    cache: Literal["none", "prefix", "dual", "sub_block"] | None = None,
     refresh: int | None = None,
     window: int | None = None,
     trace: bool | None = None,

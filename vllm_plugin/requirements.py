@@ -5,10 +5,16 @@ Imports neither torch nor vLLM.
 """
 
 from vllm_unmask.limits import refused
-from vllm_unmask.request_options import DecodingOptions
+from vllm_unmask.request_options import OF_WHOLE_BLOCKS, DecodingOptions
 
 # Options of models with full attention alone.
-_OF_FULL_ATTENTION = ("cache", "refresh", "window")
+_OF_FULL_ATTENTION = ("refresh", "window")
+# Values of `cache` by what a model's positions see.
+_CACHES = {
+    "full": ("none", "prefix", "dual"),
+    "block_causal": ("none", "sub_block"),
+    "causal": (),
+}
 # Fillers that need a cache which no later token changes.
 _OF_FINAL_CACHE = ("lookahead", "freedave", "s2d2")
 # Fillers that remember a block, need its grid, or ask for more rows than a window has.
@@ -63,6 +69,7 @@ def require_attention_fit(
         OptionError: they do not.
 
     """
+    _require_cache(options, attention, prefix)
     if attention == "full":
         for filler in _OF_FINAL_CACHE:
             if filler in options.fillers:
@@ -84,6 +91,66 @@ def require_attention_fit(
                 "it for a model with full attention",
                 "has no effect, as this model's cache is exact",
             )
+
+
+def _require_cache(options: DecodingOptions, attention: str, prefix: str) -> None:
+    """Check that there is such a cache policy for the model, and for the strategy."""
+    value, allowed = options.cache, _CACHES[attention]
+    if value is None:
+        return
+    if value not in allowed:
+        raise refused(
+            prefix + "cache",
+            value,
+            " or ".join(allowed) or "it for a model with full attention",
+            f"has no effect, as this model's attention is {attention}",
+        )
+    if value != "sub_block" or options.reads_parts:
+        return
+    if "sub_blocks" not in options.fillers:
+        raise refused(
+            prefix + "cache",
+            value,
+            f"it beside a strategy with sub_blocks, not {options.strategy}",
+            "needs sub-blocks",
+        )
+    filler, *_ = (f for f in OF_WHOLE_BLOCKS if f in options.fillers)
+    raise refused(
+        prefix + "cache",
+        value,
+        f"none, or a strategy without {filler}",
+        f"leaves out rows that {filler} reads in every step",
+    )
+
+
+def require_parts_scheduled(
+    options: DecodingOptions, layout: str, synchronous: bool, prefix: str = ""
+) -> None:
+    """Check that a server can schedule the sub-blocks that a request forwards alone.
+
+    Args:
+        options: a request's or a server's.
+        layout: the server's option.
+        synchronous: whether a step is planned when the one before it is done.
+        prefix: of the request's keys.
+
+    Raises:
+        OptionError: it cannot.
+
+    """
+    if options.cache != "sub_block":
+        return
+    expected = reason = None
+    if layout == "uniform":
+        expected = "layout auto or exact"
+        reason = "is not possible with layout=uniform, which schedules whole blocks"
+    elif not synchronous:
+        expected = "--no-async-scheduling"
+        reason = "is not possible before it is known what the step before has unmasked"
+    if expected and reason:
+        raise refused(
+            prefix + "cache", "sub_block", f"none, or a server with {expected}", reason
+        )
 
 
 def _require_streaming(options: DecodingOptions, prefix: str) -> None:

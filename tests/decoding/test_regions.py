@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which part of a block may be unmasked now."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from vllm_unmask.decoding.regions import (
     adaptive_end,
     after_end,
     first_alone,
+    forwarded_part,
     sub_block,
 )
 
@@ -44,6 +46,32 @@ def test_sub_blocks_empty_a_block_from_left_to_right(data: st.DataObject) -> Non
             assert all(part > int(last[row]) for part in parts)
             last[row] = max(parts, default=int(last[row]))
         masked &= ~active
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@given(st.data())
+def test_forwarded_part(shifted: bool, data: st.DataObject) -> None:
+    """The open sub-block alone, where it was open before and its rows say enough."""
+    batch = Batch(data, longest=12)
+    masked, length = batch.masked(), batch.each(st.integers(1, 14))
+    width = batch.each(st.integers(1, batch.length))
+    masked &= torch.arange(batch.length) < width.unsqueeze(1)
+    visited = batch.each(st.integers(-1, 12))
+    found = forwarded_part(visited.unsqueeze(1), masked, length, width, shifted)
+    for row, (first, end) in enumerate(torch.stack(found, dim=1).tolist()):
+        left = where(masked[row].tolist())[:1]
+        size, whole = int(length[row]), (0, int(width[row]))
+        part = [left[0] // size] if left else []
+        if part != [int(visited[row])] or (shifted and left[0] % size == 0):
+            # Nothing masked is a block that no query opens; any of its parts will do.
+            assert (first, end) == whole or not left
+            continue
+        start = part[0] * size
+        assert (first, end) == (start, min(start + size, whole[1]))
+        # Every position that may be unmasked has its row.
+        scored = [column - shifted for column in where(masked[row].tolist())]
+        opened = [column for column in scored if column < start + size - shifted]
+        assert all(first <= column < end for column in opened)
 
 
 def adaptive_rule(

@@ -530,6 +530,22 @@ def test_denoising_steps_of_a_strategy(
     assert server.metric(POSITIONS) - positions >= steps * BLOCK
 
 
+@pytest.mark.parametrize(("cache", "rows"), [("none", 8), ("sub_block", 5)])
+def test_rows_of_sub_blocks(server: Server, cache: str, rows: int) -> None:
+    """Two sub-blocks of four: each a step of eight rows, then three of four."""
+    before = [server.metric(name) for name in (STEPS, POSITIONS)]
+    options = {"unmask_strategy": "sub_blocks+static", "unmask_sub_block_length": 4}
+    options |= {"unmask_cache": cache}
+    complete(server, ALIGNED, max_tokens=THREE, vllm_xargs=options)
+
+    def since() -> list[float]:
+        after = [server.metric(name) for name in (STEPS, POSITIONS)]
+        return [new - old for new, old in zip(after, before, strict=True)]
+
+    # Two blocks are forwarded once more, to become final.
+    eventually(since, [THREE, THREE * rows + 2 * BLOCK])
+
+
 def test_default_strategy_reveals_several_tokens_a_step(server: Server) -> None:
     (row,) = held_out("json", 1)
     before = server.metric(STEPS)
@@ -623,6 +639,14 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown option": (
         unmask(treshold=0.5),
         ["unmask_treshold=0.5", "unmask_threshold (nearest match)", "unmask_steps"],
+    ),
+    "cache of another model": (
+        unmask(cache="dual"),
+        ["unmask_cache='dual' has no effect", "expected none or sub_block"],
+    ),
+    "cache without sub-blocks": (
+        unmask(cache="sub_block"),
+        ["unmask_cache='sub_block'", "beside a strategy with sub_blocks"],
     ),
     "nothing like it": (unmask(zzz=1), ["unmask_zzz=1", "one of unmask_strategy"]),
     "hyphen": (

@@ -163,7 +163,23 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "cache policy without full attention": (
         ours(cache="dual"),
-        ["cache='dual' has no effect", "a model with full attention"],
+        ["cache='dual' has no effect", "expected none or sub_block"],
+    ),
+    "cache of sub-blocks with full attention": (
+        ours(strategy="fast_dllm_v2", cache="sub_block") | {"model": "full"},
+        ["cache='sub_block' has no effect", "expected none or prefix or dual"],
+    ),
+    "cache of sub-blocks in a window": (
+        ours(cache="sub_block") | {"model": "window"},
+        ["cache='sub_block' has no effect", "a model with full attention"],
+    ),
+    "cache of sub-blocks without such": (
+        ours(cache="sub_block"),
+        ["cache='sub_block'", "it beside a strategy with sub_blocks"],
+    ),
+    "cache of sub-blocks and whole blocks": (
+        ours(strategy="fast_dllm_v2", cache="sub_block", layout="uniform"),
+        ["cache='sub_block' is not possible with layout=uniform", "auto or exact"],
     ),
     "speculation with full attention": (
         ours(strategy="freedave") | {"model": "full"},
@@ -205,6 +221,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "mask id absent": ours(mask_token_id=0) | {"model": "mask absent"},
     "defaults of requests": ours(strategy="static", steps=4, order="margin"),
     "block length 24": ours(block_length=24),
+    "cache of sub-blocks": ours(strategy="fast_dllm_v2", cache="sub_block"),
     "full attention": ours(cache="dual", refresh=8, window=0) | {"model": "full"},
     "context of full attention": {
         "model": "full",

@@ -62,6 +62,35 @@ def test_every_output_is_valid(
         jsonschema.validate(json.loads(answer["text"]), SCHEMA)
 
 
+def test_sub_blocks_that_are_forwarded_alone(engine: EngineProcess) -> None:
+    """No less valid, in the budgets in which the guard has to close as well."""
+    asked = [
+        {
+            "structured_outputs": {"json": SCHEMA},
+            "temperature": temperature,
+            "seed": 3,
+            "max_tokens": max_tokens,
+            "extra_args": {
+                "unmask_strategy": "fast_dllm_v2",
+                "unmask_sub_block_length": length,
+                "unmask_cache": cache,
+            },
+        }
+        for temperature in (0.0, 1.0)
+        for max_tokens in (TIGHT, 200)
+        for length in (2, 4)
+        for cache in ("sub_block", "none")
+    ]
+    answers = engine.run(calls.chat, PROMPTS[:1] * len(asked), asked)
+    for answer in answers:
+        assert answer["finish_reason"] in ("stop", "length")
+        jsonschema.validate(json.loads(answer["text"]), SCHEMA)
+    alone = [engine.run(calls.chat, PROMPTS[:1], one)[0]["text"] for one in asked[:4]]
+    assert alone == [answer["text"] for answer in answers[:4]]
+    message = engine.run(calls.refusal, asked[0] | {"logprobs": 1})
+    assert "logprobs=1 is not possible with a structured output" in message
+
+
 def test_a_draft_that_is_right_is_kept(engine: EngineProcess) -> None:
     """Seeds are tentative: what the grammar allows of them stays."""
     asked: dict[str, Any] = {

@@ -42,12 +42,21 @@ class Worker:
 @pytest.mark.parametrize("non_block", [False, True])
 def test_a_synchronous_step_is_one_call(non_block: bool) -> None:
     executor = Recorder(async_scheduling=False)
-    assert executor.execute_model("plan", non_block) == "reply"  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(has_structured_output_requests=False)
+    assert executor.execute_model(plan, non_block) == "reply"
     assert executor.take_draft_token_ids() is None
     ((method, args, options),) = executor.calls
-    assert (method, args) == (execute_and_sample, ("plan",))
+    assert (method, args) == (execute_and_sample, (plan,))
     assert options["non_block"] is non_block
     assert options["unique_reply_rank"] == 3
+
+
+def test_who_forwards_sub_blocks_asks_what_the_step_has_left() -> None:
+    executor = Recorder(async_scheduling=False)
+    plan: Any = SimpleNamespace(has_structured_output_requests=True)
+    executor.execute_model(plan)
+    assert executor.take_draft_token_ids() == "reply"
+    assert [call[0] for call in executor.calls][1:] == ["take_draft_token_ids"]
 
 
 def test_with_a_step_in_flight_the_call_is_vllms() -> None:

@@ -11,8 +11,8 @@ def _leftmost(flags: torch.Tensor) -> torch.Tensor:
     return torch.where(flags, column, length).amin(dim=1, keepdim=True)
 
 
-def sub_block(masked: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Masked positions of the leftmost sub-block that has any.
+def open_sub_block(masked: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """The leftmost sub-block that has a masked position.
 
     Args:
         masked: bool [requests, block].
@@ -20,11 +20,60 @@ def sub_block(masked: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
             block's first position, the last one may be shorter.
 
     Returns:
+        int64 [requests, 1], one that lies behind the block if nothing is masked.
+    """
+    return _leftmost(masked) // length.unsqueeze(1)
+
+
+def sub_block(masked: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Masked positions of the leftmost sub-block that has any.
+
+    Args:
+        masked: bool [requests, block].
+        length: int64 [requests], as in `open_sub_block`.
+
+    Returns:
         bool [requests, block], a subset of ``masked``.
     """
     column = torch.arange(masked.shape[1], device=masked.device)
-    width = length.unsqueeze(1)
-    return masked & (column // width == _leftmost(masked) // width)
+    of_column = column // length.unsqueeze(1)
+    return masked & (of_column == open_sub_block(masked, length))
+
+
+def forwarded_part(
+    visited: torch.Tensor,
+    masked: torch.Tensor,
+    length: torch.Tensor,
+    width: torch.Tensor,
+    shifted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of a block the next step has to forward (Fast-dLLM v2).
+
+    All of them at the first visit of a sub-block. Afterwards the sub-block's alone,
+    which sees the others' keys and values as that step left them. Where the row before
+    scores a position, all as long as the sub-block's first one is masked: that row is
+    another sub-block's.
+
+    Args:
+        visited: int64 [requests, 1], the sub-block that was open in the last step,
+            -1 if there was none.
+        masked: bool [requests, block], after that step.
+        length: int64 [requests], as in `open_sub_block`.
+        width: int64 [requests], positions of the block.
+        shifted: whether row ``i - 1`` scores position ``i``.
+
+    Returns:
+        First position and the one behind the last, int64 [requests] each.
+    """
+    opened = open_sub_block(masked, length)
+    first = opened.squeeze(1) * length
+    partial = (opened == visited).squeeze(1)
+    if shifted:
+        partial = partial & (_leftmost(masked).squeeze(1) > first)
+    return (
+        torch.where(partial, first, 0),
+        torch.where(partial, torch.minimum(first + length, width), width),
+    )
 
 
 def adaptive_end(

@@ -39,8 +39,9 @@ class RowPlan(NamedTuple):
 def plan_rows(num_scheduled: np.ndarray[Any, Any], block_length: int) -> RowPlan:
     """Cut each request's query into blocks.
 
-    Every query starts on the block grid (the scheduler sees to it), so the cut
-    depends on the query lengths alone and needs nothing from the device.
+    Every query starts on the block grid or stays inside a block (the scheduler sees to
+    it), so the cut depends on the query lengths alone and needs nothing from the
+    device.
 
     Args:
         num_scheduled: int [requests], query length of each request.
@@ -59,6 +60,7 @@ def build_block_causal_metadata(
     block_length: int,
     windows: Windows | None,
     num_final: torch.Tensor | None = None,
+    beyond: np.ndarray[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Attention metadata of a batch under the block-causal mask.
 
@@ -75,6 +77,7 @@ def build_block_causal_metadata(
         windows: of the batch.
         num_final: int64 [requests], leading rows of each query that see their block
             only up to themselves; None for none.
+        beyond: as in `build_row_metadata`, of queries inside a block.
 
     Returns:
         Layer name -> the backend's metadata, as ``build_attn_metadata`` does.
@@ -88,6 +91,8 @@ def build_block_causal_metadata(
     query_start = torch.from_numpy(plan.query_start)
     upper_bound = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(plan.request)]
     seq_lens = input_batch.seq_lens[request] - after
+    if beyond is not None:
+        seq_lens, upper_bound = _reach(seq_lens, upper_bound, beyond[plan.request])
     causal: bool | torch.Tensor = False
     if num_final is not None:
         ends = input_batch.query_start_loc[:num_reqs] + num_final
@@ -149,10 +154,7 @@ def build_row_metadata(
     seq_lens = input_batch.seq_lens[:num_reqs]
     upper_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
     if beyond is not None:
-        seq_lens = seq_lens + async_tensor_h2d(
-            beyond, device=seq_lens.device, dtype=seq_lens.dtype
-        )
-        upper_bound = upper_bound + torch.from_numpy(beyond).to(upper_bound.dtype)
+        seq_lens, upper_bound = _reach(seq_lens, upper_bound, beyond)
     return build_attn_metadata(
         attn_groups=attn_groups,
         num_reqs=num_reqs,
@@ -171,6 +173,14 @@ def build_row_metadata(
         positions=input_batch.positions,
         causal=causal,
     )
+
+
+def _reach(
+    seq_lens: torch.Tensor, upper_bound: torch.Tensor, beyond: np.ndarray[Any, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence lengths and their bounds on the host, so many positions longer."""
+    more = async_tensor_h2d(beyond, device=seq_lens.device, dtype=seq_lens.dtype)
+    return seq_lens + more, upper_bound + torch.from_numpy(beyond).to(upper_bound.dtype)
 
 
 def count_final_rows(

@@ -105,6 +105,8 @@ class Stepper:
         if closing is not None:
             rows, whole = rows._replace(width=rows.width.where(~closing, 0)), rows.width
         active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
+        if rows.forwarded is not None:
+            masked = masked & rows.forwarded
 
         # MASK is never a prediction: a revealed mask would loop forever.
         raw_logits, positions = inputs.logits, rows.positions(length).view(-1)

@@ -28,11 +28,15 @@ class OneCallExecutor(MultiprocExecutor):
     a second call anyway.
     """
 
+    # Whether the scheduler wants to know what the worker has for draft tokens.
+    drafts_wanted = False
+
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
         if self.scheduler_config.async_scheduling:
             return super().execute_model(scheduler_output, non_block)
+        self.drafts_wanted = scheduler_output.has_structured_output_requests
         return self.collective_rpc(
             execute_and_sample,
             args=(scheduler_output,),
@@ -42,5 +46,5 @@ class OneCallExecutor(MultiprocExecutor):
         )
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        # The scheduler plans canvases by itself.
-        return None
+        # The scheduler plans canvases by itself, mostly.
+        return super().take_draft_token_ids() if self.drafts_wanted else None

@@ -26,10 +26,11 @@ from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.rows import DenoisingRows, positions_read, read_ahead
 from vllm_unmask.engine.sampler import BlockDiffusionSampler
-from vllm_unmask.engine.speculation import Drafts, Speculating
+from vllm_unmask.engine.speculation import Drafts
 from vllm_unmask.engine.states import BlockGeometry, CanvasStates
 from vllm_unmask.engine.strategies import SPECULATION, Strategies
 from vllm_unmask.engine.strategy_data import Delimiters
+from vllm_unmask.engine.sub_blocks import SubBlocks
 from vllm_unmask.engine.tracing import Tracer
 from vllm_unmask.engine.verification import Verifier
 from vllm_unmask.engine.windows import (
@@ -115,6 +116,12 @@ class BlockDiffusionModelState(ModelState):
         self.windows: Windows | None = None
         self.causal_kv: bool = served["server"]["causal_kv"]
         self.asynchronous = vllm_config.scheduler_config.async_scheduling
+        self.sub_blocks = SubBlocks(
+            self.states,
+            self.model_config.max_model_len,
+            served["shifted"],
+            self.first_alone,
+        )
         self.denoising: DenoisingRows | None = None
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
@@ -162,6 +169,8 @@ class BlockDiffusionModelState(ModelState):
         self.grammars.add_request(
             req_index, req_id, record, token_ids[num_prompt:], num_fixed
         )
+        if not self.asynchronous:
+            self.sub_blocks.add_request(req_index, options)
         self._admit(req_index, options)
 
     def _admit(self, slot: int, options: DecodingOptions) -> None:
@@ -180,7 +189,8 @@ class BlockDiffusionModelState(ModelState):
             rows: the requests of a step.
             complete: bool [requests], blocks that the step has completed.
         """
-        return rows.num_open
+        skipped = self.sub_blocks.plan(rows, complete)
+        return rows.num_open if skipped is None else rows.num_open - skipped
 
     def remove_request(self, req_id: str) -> None:
         self.grammars.remove_request(req_id)
@@ -254,6 +264,10 @@ class BlockDiffusionModelState(ModelState):
         first = canvas_len - num_open
         start = input_batch.positions[query_start] + first
         num_open = num_open + to_device(query_len) - canvas_len
+        denoising = DenoisingRows(
+            batch_index, slots_np, slots, width, num_open, start, None, None
+        )
+        denoising = self.sub_blocks.place(input_batch, req_states, denoising)
         logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
         ahead = speculating = None
@@ -262,7 +276,7 @@ class BlockDiffusionModelState(ModelState):
             ahead, rows = read_ahead(looking, num_open, to_device(end), length)
             logits_rows.append(rows)
         if windows is not None:
-            speculating, rows = self._read_windows(batch_index, windows, input_batch)
+            speculating, rows = self.drafts.read(batch_index, windows, input_batch)
             logits_rows.append(rows)
         read = None
         # A GPU alone knows the masks, and would have to be waited for.
@@ -283,35 +297,10 @@ class BlockDiffusionModelState(ModelState):
         if len(logits_rows) > 1:
             logits_rows = [torch.cat(logits_rows)]
         (input_batch.logits_indices,) = logits_rows
-        self.denoising = DenoisingRows(
-            batch_index,
-            slots_np,
-            slots,
-            width,
-            num_open,
-            start,
-            ahead,
-            speculating,
-            read,
+        self.denoising = denoising._replace(
+            ahead=ahead, speculating=speculating, read=read
         )
         return {}
-
-    def _read_windows(
-        self, batch_index: np.ndarray[Any, Any], windows: Windows, batch: InputBatch
-    ) -> tuple[Speculating, torch.Tensor]:
-        """The windows' logits rows.
-
-        Args:
-            batch_index: int64 [requests] -> row of the batch, those that denoise.
-            windows: of the batch.
-            batch: vLLM's.
-        """
-        width = self.drafts.depth
-        if self.device.type == "cpu":
-            width = int(windows.candidates.count.max())
-        rows = np.searchsorted(batch_index, windows.requests)
-        logits_rows = windows.logits_rows(width, batch.num_tokens)
-        return Speculating(rows, windows, width), logits_rows
 
     def prepare_attn(
         self,
@@ -344,4 +333,5 @@ class BlockDiffusionModelState(ModelState):
             self.geometry.block_length,
             self.windows,
             num_final,
+            self.sub_blocks.beyond(input_batch),
         )

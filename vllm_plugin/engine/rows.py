@@ -20,6 +20,28 @@ class AheadRows(NamedTuple):
     width: torch.Tensor  # int64 [requests], positions of that block, 0..L
 
 
+def read_ahead(
+    looking: np.ndarray[Any, Any],
+    num_open: torch.Tensor,
+    end: torch.Tensor,
+    length: int,
+) -> tuple[AheadRows, torch.Tensor]:
+    """The next blocks' logits rows, where the step forwards these blocks.
+
+    Args:
+        looking: int64 [n] -> row of the denoising requests.
+        num_open: int64 [requests], rows from the open block on.
+        end: int64 [requests], row after each query.
+        length: positions of a block.
+    """
+    index = torch.from_numpy(looking).to(num_open.device)
+    num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
+    column = torch.arange(length, device=end.device)
+    rows = torch.minimum(end - num_open + length + column, end - 1)
+    width = (num_open.squeeze(1) - length).clamp(0, length)
+    return AheadRows(looking, width), rows.view(-1)
+
+
 class DenoisingRows(NamedTuple):
     """The requests of a step that denoise, and the logits rows they read."""
 
@@ -33,6 +55,8 @@ class DenoisingRows(NamedTuple):
     speculating: "Speculating | None"  # None if no request speculates
     # int64 [n] -> request * block + position, those that have logits; None for all.
     read: torch.Tensor | None = None
+    # bool [requests, block], positions that have a row; None for all.
+    forwarded: torch.Tensor | None = None
 
     def choose(
         self, index: np.ndarray[Any, Any], start: torch.Tensor, length: int
@@ -90,25 +114,3 @@ def positions_read(
         masked[row, min(first, masked.shape[1] - 1) :] = True
     read = masked.view(-1).nonzero().squeeze(1)
     return read if 0 < len(read) < masked.numel() else None
-
-
-def read_ahead(
-    looking: np.ndarray[Any, Any],
-    num_open: torch.Tensor,
-    end: torch.Tensor,
-    length: int,
-) -> tuple[AheadRows, torch.Tensor]:
-    """The next blocks' logits rows, where the step forwards these blocks.
-
-    Args:
-        looking: int64 [n] -> row of the denoising requests.
-        num_open: int64 [requests], rows from the open block on.
-        end: int64 [requests], row after each query.
-        length: positions of a block.
-    """
-    index = torch.from_numpy(looking).to(num_open.device)
-    num_open, end = num_open[index].unsqueeze(1), end[index].unsqueeze(1)
-    column = torch.arange(length, device=end.device)
-    rows = torch.minimum(end - num_open + length + column, end - 1)
-    width = (num_open.squeeze(1) - length).clamp(0, length)
-    return AheadRows(looking, width), rows.view(-1)

@@ -9,6 +9,7 @@ from vllm_unmask.engine.scheduler import (
     BlockDiffusionScheduler,
 )
 from vllm_unmask.engine.streaming_scheduler import StreamingScheduler
+from vllm_unmask.engine.sub_block_scheduler import SubBlockScheduler
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
@@ -18,7 +19,7 @@ def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
     """
     config = kwargs["vllm_config"]
     attention = config.model_config.hf_config.unmask_served["attention"]
-    cls = BlockDiffusionScheduler
+    cls: type[BlockDiffusionScheduler] = SubBlockScheduler
     if attention == "full":
         cls = FullAttentionScheduler
     elif attention == "causal":

@@ -145,6 +145,21 @@ class Drafts:
             index_np, first + canvas, query_len - canvas, start, fitting, ~guesses
         )
 
+    def read(
+        self, batch_index: np.ndarray[Any, Any], windows: Windows, batch: InputBatch
+    ) -> tuple[Speculating, torch.Tensor]:
+        """The windows' logits rows.
+
+        Args:
+            batch_index: int64 [requests] -> row of the batch, those that denoise.
+            windows: of the batch.
+            batch: vLLM's.
+        """
+        width = int(windows.candidates.count.max()) if self.on_cpu else self.depth
+        rows = np.searchsorted(batch_index, windows.requests)
+        logits_rows = windows.logits_rows(width, batch.num_tokens)
+        return Speculating(rows, windows, width), logits_rows
+
     def hold(self, slots: torch.Tensor, ids: torch.Tensor, wait: torch.Tensor) -> None:
         """Have drafts verified by the next forward.
 

@@ -75,6 +75,11 @@ def is_plain(options: DecodingOptions, seeds: Seeds | None) -> bool:
     )
 
 
+def sub_block_length(options: DecodingOptions, block_length: int) -> int:
+    """Positions of a part of a block."""
+    return options.value("sub_block_length") or max(block_length // 4, 1)
+
+
 class Strategies:
     """Strategies of every request slot that has more than a plain one.
 
@@ -148,7 +153,10 @@ class Strategies:
             self.kinds.append(kind)
         self.kind[slot] = self.kinds.index(kind)
         length = self.geometry.block_length
-        unset = {"steps": length, "sub_block_length": max(length // 4, 1)}
+        unset = {
+            "steps": length,
+            "sub_block_length": sub_block_length(options, length),
+        }
         self.parameters[slot] = [
             options.number(name, unset.get(name, 0)) for name in _COLUMNS
         ]

@@ -31,7 +31,7 @@ FAMILIES: tuple[Family, ...] = (
         checkpoints="SDAR 1.7B, 4B, 8B (Chat, -b4 to -b64); TraDo 4B, 8B; TDAR 8B",
         presets=("sdar", "sdar_entropy", "tdar"),
         exact="logits, KV and prefix cache, as of the whole sequence in one forward",
-        approximate="nothing; TraDo's and TDAR's config.json was not seen",
+        approximate="cache=sub_block; TraDo's and TDAR's config.json was not seen",
     ),
     Family(
         "SDARMoeForCausalLM",
@@ -41,7 +41,7 @@ FAMILIES: tuple[Family, ...] = (
         checkpoints="SDAR-30B-A3B (Chat, Chat-b32, Sci)",
         presets=("sdar", "sdar_entropy"),
         exact="logits, KV and prefix cache, as of the whole sequence in one forward",
-        approximate="nothing; the release's config.json was not seen",
+        approximate="cache=sub_block; the release's config.json was not seen",
     ),
     Family(
         "LLaDA2MoeModelLM",
@@ -52,7 +52,7 @@ FAMILIES: tuple[Family, ...] = (
         presets=("llada2", "llada21_quality", "llada21_speed"),
         exact="logits (router in float32), KV and prefix cache, as of the whole "
         "sequence in one forward",
-        approximate="nothing; LLaDA2.1's config.json was not seen; LLaDA2.2's "
+        approximate="cache=sub_block; LLaDA2.1's config.json was not seen; LLaDA2.2's "
         "insertions and deletions are not served",
     ),
     Family(
@@ -65,8 +65,8 @@ FAMILIES: tuple[Family, ...] = (
         exact="logits, KV and prefix cache, as of the whole sequence in one forward; a "
         "block's first token comes alone, as published, but by the request's "
         "temperature",
-        approximate="nothing; the release's config.json was not seen; its sub-block "
-        "cache is not there",
+        approximate="cache=sub_block, the release's sub-block cache; the release's "
+        "config.json was not seen",
     ),
     Family(
         "LLaDAModelLM",

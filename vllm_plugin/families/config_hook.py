@@ -25,7 +25,11 @@ from vllm_unmask.options import (
     require_steps_fit,
     server_options_to_dict,
 )
-from vllm_unmask.requirements import require_attention_fit, require_filter
+from vllm_unmask.requirements import (
+    require_attention_fit,
+    require_filter,
+    require_parts_scheduled,
+)
 
 logger = init_logger("vllm.vllm_unmask.families.config_hook")
 
@@ -52,6 +56,8 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             options = prepare_full_attention(vllm_config, options)
         elif attention == "causal":
             options = prepare_streaming(vllm_config, options)
+        synchronous = _is_synchronous(vllm_config, options)
+        require_parts_scheduled(options.decoding, options.layout, synchronous)
         block_length = _block_length(vllm_config, options)
         options = replace(
             options, max_candidates=_max_candidates(vllm_config, options, block_length)
@@ -71,6 +77,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         hf_config.unmask_served = {
             "server": server_options_to_dict(options),
             "attention": attention,
+            "synchronous": synchronous,
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
@@ -128,6 +135,18 @@ def _filter(
     path = find_filter(options.filter, vllm_config.model_config.model, block_length)
     require_filter(options.decoding, path)
     return path
+
+
+def _is_synchronous(vllm_config: VllmConfig, options: ServerOptions) -> bool:
+    """Whether no step is planned before the one before it is done.
+
+    vLLM decides later, where the user has not, and on the CPU in any case.
+    """
+    scheduler = vllm_config.scheduler_config
+    if scheduler.async_scheduling is None and options.decoding.cache == "sub_block":
+        logger.info("Scheduling is synchronous: sub-blocks are forwarded alone.")
+        scheduler.async_scheduling = False
+    return scheduler.async_scheduling is False or current_platform.is_cpu()
 
 
 def _max_candidates(

@@ -13,7 +13,7 @@ from vllm_unmask.families import FAMILIES
 _ATTENTION = {
     "block_causal": (
         "block-causal: a position sees its block and what lies before it",
-        ["exact"],
+        ["none (exact)", "sub_block (approximate)"],
     ),
     "full": (
         "full: a position sees prompt and canvas",

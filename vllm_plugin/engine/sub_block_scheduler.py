@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduling of requests that forward sub-blocks (`engine.sub_blocks`).
+
+The exception to the rule that queries start on the block grid: theirs may begin and
+end inside the open block. Which sub-block comes next is known to the worker alone, and
+only when a step is done, so nothing may be in flight.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
+from vllm_unmask.options import DecodingOptions
+
+
+class SubBlockScheduler(BlockDiffusionScheduler):
+    """Synchronous scheduling, of parts of blocks where the worker asks for them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Request id -> first column and rows of what its next query has of the open
+        # block; None: all of it.
+        self.parts: dict[str, tuple[int, int] | None] = {}
+        # Those of them that denoise in this step.
+        self.asking: set[str] = set()
+
+    def _admit(self, request: Request, options: DecodingOptions) -> None:
+        super()._admit(request, options)
+        if options.value("cache") == "sub_block":
+            self.parts[request.request_id] = None
+
+    def _canvas_length(self, request: Request) -> int:
+        part = self.parts.get(request.request_id)
+        if part is None:
+            return super()._canvas_length(request)
+        _, rows = part
+        return rows + self.block_length * (request.request_id in self.pending)
+
+    def _plan_canvas(self, request: Request) -> None:
+        part = self.parts.get(request.request_id)
+        if part is None:
+            super()._plan_canvas(request)
+            return
+        first, _ = part
+        start = self._first_open_position(request) + first
+        end = start + self._canvas_length(request)
+        request.num_computed_tokens = start
+        request.spec_token_ids = [-1] * (end - request.num_tokens)
+
+    def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
+        super()._open_first_blocks(scheduler_output)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self.asking = self.parts.keys() & drafts.keys()
+        for req_id in self.asking:
+            # vLLM counts drafts from the last token on that it knows, and a part may
+            # begin behind that.
+            del drafts[req_id][scheduler_output.num_scheduled_tokens[req_id] :]
+        # By this the worker knows that it has to report draft tokens.
+        scheduler_output.has_structured_output_requests |= bool(self.asking)
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take over what the worker asks for."""
+        reports = zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        )
+        for req_id, (first, rows, *_) in reports:
+            if req_id in self.asking and req_id in self.parts:
+                self.parts[req_id] = first, rows
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        if request.request_id in self.parts:
+            self.parts[request.request_id] = None
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.parts.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
