@@ -242,8 +242,8 @@ def test_nothing_is_left_of_edits_that_are_off(served: Served) -> None:
         for prompt in prompts()
     ]
     for post_steps in (0, 16):
-        off = {"unmask_edit_threshold": 1.0, "unmask_post_steps": post_steps}
-        off["unmask_strategy"] = "llada21_quality"
+        off: dict[str, Any] = {"unmask_strategy": "llada21_quality"}
+        off |= {"unmask_edit_threshold": 1.0, "unmask_post_steps": post_steps}
         assert served.generate(prompts(), greedy(off)) == expected
     on = {"unmask_strategy": "llada21_quality", "unmask_edit_threshold": 0.0}
     assert served.generate(prompts(), greedy(on)) != expected
