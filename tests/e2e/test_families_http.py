@@ -53,12 +53,14 @@ WRONG: dict[str, dict[str, tuple[Any, str]]] = {
         "unmask_cache": ("all", "one of none, prefix, dual"),
         "unmask_window": (-1, "an integer, at least 0"),
         "unmask_refresh": (2, "only beside a model with full attention"),
+        "unmask_answer_block_length": (1, "every position sees every other one"),
         "unmask_windows": (8, "unmask_window (nearest match)"),
     },
     "WeDLMForCausalLM": {
         "unmask_strategy": ("klass", "a strategy without klass"),
         "unmask_cache": ("dual", "this model's cache is exact"),
         "unmask_distance_penalty": (-0.1, "a number, at least 0.0"),
+        "unmask_answer_block_length": (1, "a window that moves on"),
         "diffusion_seed_canvas": ([5, 6], "no seeds"),
     },
 }
