@@ -17,6 +17,7 @@ from vllm_unmask.options import (
 from vllm_unmask.patches import Guard, Patch, Replacement
 from vllm_unmask.patches.served import served_record
 from vllm_unmask.requirements import (
+    require_answer_fit,
     require_attention_fit,
     require_filter,
     require_parts_scheduled,
@@ -93,6 +94,7 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
         require_parts_scheduled(
             options, server.layout, record["synchronous"], REQUEST_PREFIX
         )
+        require_answer_fit(options, record, REQUEST_PREFIX)
         seeds = parse_seeds(
             extra_args,
             record["vocab_size"],

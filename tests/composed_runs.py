@@ -92,8 +92,8 @@ def _logits(rows: list[Running]) -> torch.Tensor:
 def _parameters(rows: list[Running]) -> dict[str, torch.Tensor]:
     return {
         name: torch.tensor([row.request.number(name) for row in rows]).float()
-        for name in decoding_limits()
-        if name != "strategy"
+        for name, limits in decoding_limits().items()
+        if limits.kind not in ("strategy", "text")
     }
 
 

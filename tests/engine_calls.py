@@ -45,7 +45,7 @@ def scheduler(llm: Any) -> Any:
 
 
 def generate_recorded(
-    llm: Any, prompts: list[list[int]], params: dict[str, Any]
+    llm: Any, prompts: list[list[int]], params: list[dict[str, Any]] | dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """``generate``, and for each denoising step of each request what it saw.
 

@@ -50,6 +50,37 @@ def loading_error(
     return None
 
 
+def generate_flipping(
+    llm: Any,
+    prompts: list[list[int]],
+    params: dict[str, Any],
+    follows: dict[int, int],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`engine_calls.generate_recorded` of a model that never settles.
+
+    Args:
+        follows: what a position holds -> the token that it surely should hold.
+    """
+    from vllm_unmask.decoding.canvas import active_ids
+
+    sampler = engine_calls.model_runner(llm).sampler
+    cls = type(sampler)
+    original = cls._denoise
+
+    def denoise(self: Any, logits: torch.Tensor, rows: Any) -> Any:
+        held = active_ids(self.states.gather(rows.slots)).view(-1)
+        wanted = torch.tensor([follows.get(token, 0) for token in held.tolist()])
+        logits[: len(held)] = 0
+        logits[: len(held)].scatter_(1, wanted.unsqueeze(1), 50.0)
+        return original(self, logits, rows)
+
+    cls._denoise = denoise  # type: ignore[method-assign]
+    try:
+        return engine_calls.generate_recorded(llm, prompts, params)
+    finally:
+        cls._denoise = original  # type: ignore[method-assign]
+
+
 def trusts_remote_code(llm: Any) -> bool:
     """Whether the engine was allowed to run a checkpoint's own code."""
     return bool(engine_calls.model_runner(llm).model_config.trust_remote_code)

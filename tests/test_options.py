@@ -92,6 +92,13 @@ def test_request_options(extra_args: Any, expected: dict[str, Any]) -> None:
         ("unmask_strict", "true", "true or false"),
         ("unmask_order", "rand", "did you mean 'random'?"),
         ("unmask_confidence_from", ["raw"], "one of transformed, raw"),
+        ("unmask_answer_block_length", 3, "a divisor of 8, the block length"),
+        ("unmask_answer_block_length", 16, "a divisor of 8, the block length"),
+        ("unmask_answer_block_length", "4", "got str"),
+        ("unmask_answer_after", "", "a text of 1 to 32 bytes"),
+        ("unmask_answer_after", "\u00e9" * 17, "a text of 1 to 32 bytes"),
+        ("unmask_answer_after", "\ud800", "a text of 1 to 32 bytes"),
+        ("unmask_answer_after", 7, "a text of 1 to 32 bytes"),
     ],
 )
 def test_bad_request_option(key: str, value: Any, expected: str) -> None:
@@ -124,6 +131,7 @@ def test_bad_request_option(key: str, value: Any, expected: str) -> None:
             "unmask_steps",
         ),
         (STATIC, {"unmask_strict": 1}, "unmask_strict"),
+        (STATIC, {"unmask_answer_after": "x"}, "unmask_answer_after"),
         (DEFAULTS, {"unmask_strategy": "static", "unmask_threshold": 0.9}, None),
         (
             DEFAULTS,

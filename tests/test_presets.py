@@ -31,7 +31,7 @@ DEFAULTS = DecodingOptions()
 BLOCK = 32
 # Options that every strategy has.
 GENERAL = {"strategy", "steps", "step_sizes", "order", "confidence_from", "doubt"}
-GENERAL |= {"cache", "refresh", "window"}
+GENERAL |= {"cache", "refresh", "window", "answer_block_length", "answer_after"}
 GENERAL |= {"trace"}
 NAMES = {field.name for field in fields(DecodingOptions)}
 # Beside which options a filler's default has an effect, where it has not always.

@@ -37,12 +37,12 @@ def refused(
 class Limits(NamedTuple):
     """What one option accepts.
 
-    `low` and `high` are inclusive. `applies` says with which other options the
-    option has an effect, `condition` says the same in words; an option without an
-    effect is refused, not ignored.
+    `low` and `high` are inclusive, of a text in bytes of UTF-8. `applies` says with
+    which other options the option has an effect, `condition` says the same in words;
+    an option without an effect is refused, not ignored.
     """
 
-    kind: Literal["choice", "int", "float", "bool", "strategy", "path"]
+    kind: Literal["choice", "int", "float", "bool", "strategy", "path", "text"]
     doc: str
     choices: tuple[str, ...] = ()
     low: float | None = None
@@ -60,6 +60,8 @@ class Limits(NamedTuple):
             return "true or false (1 or 0)"
         if self.kind == "path":
             return "a path"
+        if self.kind == "text":
+            return f"a text of {self.low} to {self.high} bytes"
         if self.kind == "strategy":
             return "names of strategies joined by '+'"
         noun = "an integer" if self.kind == "int" else "a number"
@@ -112,6 +114,11 @@ def check_value(parameter: str, value: Any, limits: Limits) -> Any:
         if isinstance(value, str) and value:
             return value
         raise _refusal(parameter, value, limits)
+    if limits.kind == "text":
+        low, high = limits.low or 0, limits.high or math.inf
+        if isinstance(value, str) and low <= len(_encoded(value)) <= high:
+            return value
+        raise _refusal(parameter, value, limits)
     accepted = (int,) if limits.kind == "int" else (int, float)
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise _refusal(parameter, value, limits, f", got {type(value).__name__}")
@@ -123,6 +130,14 @@ def check_value(parameter: str, value: Any, limits: Limits) -> Any:
     ):
         raise _refusal(parameter, value, limits)
     return value if limits.kind == "int" else float(value)
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; nothing of a text that has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return b""
 
 
 def _refusal(

@@ -169,12 +169,20 @@ def _checked(parameter: str, value: Any, limits: Limits) -> Any:
 def require_steps_fit(
     options: DecodingOptions, block_length: int, prefix: str = ""
 ) -> None:
-    """Check that a block has at least as many positions as steps, and as a part.
+    """Check that a block has as many positions as it has steps, and parts fit in it.
 
     Raises:
-        OptionError: `steps` or `sub_block_length` is larger than `block_length`.
+        OptionError: `steps` or `sub_block_length` is larger than `block_length`, or
+            `answer_block_length` does not divide it.
 
     """
+    answer = options.answer_block_length
+    if answer is not None and block_length % answer:
+        raise refused(
+            prefix + "answer_block_length",
+            answer,
+            f"a divisor of {block_length}, the block length",
+        )
     for name in ("steps", "sub_block_length"):
         value = getattr(options, name)
         if value is not None and value > block_length:

@@ -364,6 +364,22 @@ class DecodingOptions:
         low=0,
         condition="a model with full attention",
     )
+    answer_block_length: int | None = _of_strategy(
+        "int",
+        "length of the blocks behind `answer_after`, a divisor of the block length; 1: "
+        "one token after the other; unset: the block length",
+        low=1,
+        optional=True,
+    )
+    answer_after: str | None = _of_strategy(
+        "text",
+        "text that ends the long blocks once the output contains it: the short ones "
+        "begin behind the block that completes it",
+        low=1,
+        high=32,
+        applies=lambda options: options.answer_block_length is not None,
+        condition="answer_block_length",
+    )
     trace: bool = option(
         False,
         Limits(
@@ -413,6 +429,7 @@ _DEFAULTS = {
     "doubt": 0.0,
     "cache": "none",
     "window": 512,
+    "answer_after": "</think>",
 }
 
 

@@ -86,6 +86,8 @@ def sampling_params(
     cache: Literal["none", "prefix", "dual", "sub_block"] | None = None,
     refresh: int | None = None,
     window: int | None = None,
+    answer_block_length: int | None = None,
+    answer_after: str | None = None,
     trace: bool | None = None,
     **kwargs: Any,
 ) -> "SamplingParams":

@@ -4,6 +4,9 @@
 Imports neither torch nor vLLM.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from vllm_unmask.limits import refused
 from vllm_unmask.request_options import OF_WHOLE_BLOCKS, DecodingOptions
 
@@ -17,6 +20,8 @@ _CACHES = {
 }
 # Fillers that need a cache which no later token changes.
 _OF_FINAL_CACHE = ("lookahead", "freedave", "s2d2")
+# Fillers that fill, mask again or look at what a block's open part is followed by.
+_BEYOND_A_PART = ("prophet", "sched", "edit", "remdm", "rcr", *_OF_FINAL_CACHE)
 # Fillers that remember a block, need its grid, or ask for more rows than a window has.
 _OF_BLOCKS = (
     "klass",
@@ -168,6 +173,66 @@ def _require_streaming(options: DecodingOptions, prefix: str) -> None:
     if sizes != "linear":
         raise refused(
             prefix + "step_sizes", sizes, "linear", f"needs blocks, {because}"
+        )
+
+
+def require_answer_fit(
+    options: DecodingOptions, served: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Check that shorter blocks for the answer go with model, server and strategy.
+
+    Args:
+        options: a request's or a server's.
+        served: what is known of the model, as `config_hook` puts it together.
+        prefix: of the request's keys.
+
+    Raises:
+        OptionError: they do not.
+
+    """
+    length, name = options.answer_block_length, prefix + "answer_block_length"
+    if length is None:
+        return
+    if (attention := served["attention"]) != "block_causal":
+        sees = {
+            "full": "in which every position sees every other one",
+            "causal": "which has a window that moves on with every reported token",
+        }[attention]
+        raise refused(
+            name, length, "it unset", f"is not possible with this model, {sees}"
+        )
+    if length == served["block_length"]:
+        return
+    for filler in _BEYOND_A_PART:
+        if filler in options.fillers:
+            raise refused(
+                name,
+                length,
+                f"it unset, or a strategy without {filler}",
+                f"is not possible with {filler}, which changes more than the part of "
+                "a block that is open",
+            )
+    if options.value("cache") == "sub_block":
+        raise refused(
+            name,
+            length,
+            f"it unset, or {prefix}cache=none",
+            "is not possible with cache=sub_block, whose sub-blocks see what is right "
+            "of them",
+        )
+    if served["server"]["causal_kv"]:
+        raise refused(
+            name,
+            length,
+            "it unset, or a server without causal_kv",
+            "is not possible where keys and values are kept token by token",
+        )
+    if not served["tokenizer"]:
+        raise refused(
+            name,
+            length,
+            "it unset, or a server without skip_tokenizer_init",
+            "needs the tokenizer, to find answer_after",
         )
 
 

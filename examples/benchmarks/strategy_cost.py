@@ -95,7 +95,7 @@ class Step:
                 value = unset.get(name, 0)
             if limits.choices:
                 value = limits.choices.index(value) if value else 0
-            if name != "strategy":
+            if limits.kind not in ("strategy", "text"):
                 self.parameters[name] = torch.full((sizes.requests,), float(value))
         shapes = ((64, sizes.block), (64,), (sizes.block, 64), (sizes.block,))
         self.learned = Filter(*map(torch.zeros, shapes))

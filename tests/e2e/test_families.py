@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family on one engine: its network, its loading, and every feature on it."""
 
+import itertools
 import json
 import random
 import shutil
@@ -68,6 +69,11 @@ class Served(NamedTuple):
     def is_full(self) -> bool:
         """Whether every position of the model sees every other one."""
         return self.attention == "full"
+
+    @property
+    def edits(self) -> bool:
+        """Whether it has blocks, in which a token may be replaced."""
+        return self.attention != "causal"
 
     @property
     def speculates(self) -> bool:
@@ -225,6 +231,105 @@ def test_verified_and_edited_as_published(served: Served) -> None:
         assert output == expected
         num_edits += edited
     assert num_edits > 0
+
+
+def test_nothing_is_left_of_edits_that_are_off(served: Served) -> None:
+    """LLaDA2.1 is LLaDA2.0 then: the same network by the rule of the reference."""
+    if not served.edits:
+        pytest.skip("refused: tests/e2e/test_streaming.py")
+    expected = [
+        served.decode(prompt, partial(choose_threshold, threshold=0.7))
+        for prompt in prompts()
+    ]
+    for post_steps in (0, 16):
+        off: dict[str, Any] = {"unmask_strategy": "llada21_quality"}
+        off |= {"unmask_edit_threshold": 1.0, "unmask_post_steps": post_steps}
+        assert served.generate(prompts(), greedy(off)) == expected
+    on = {"unmask_strategy": "llada21_quality", "unmask_edit_threshold": 0.0}
+    assert served.generate(prompts(), greedy(on)) != expected
+
+
+def test_nothing_edits_the_prompt_or_what_is_committed(served: Served) -> None:
+    """And the keys and values of a committed block are those of its last edit."""
+    if not served.edits:
+        pytest.skip("refused: tests/e2e/test_streaming.py")
+    extra = {"unmask_strategy": "llada21_speed", "unmask_threshold": 0.2}
+    outputs, records = served.engine.run(
+        engine_calls.generate_recorded, prompts(), greedy(extra)
+    )
+    mask_id, num_edits = served.config["mask_token_id"], 0
+    blocks = by_block(records)
+    assert len({request for request, _ in blocks}) == len(prompts())
+    for request, output in enumerate(outputs):
+        known = prompts()[request] + output["tokens"]
+        mine = [steps for (row, _), steps in blocks.items() if row == request]
+        assert mine
+        for steps in mine:
+            for record in steps:
+                start, fixed = len(record["prefix"]), record["num_fixed"]
+                assert record["prefix"] == known[:start]
+                assert record["active"][:fixed] == known[start : start + fixed]
+                first = int(served.reference.shifted and fixed > 0)
+                difference = (record["logits"] - served.logits(record))[first:]
+                assert float(difference.abs().max()) < 2e-4
+            held = [record["active"] for record in steps]
+            for before, after in itertools.pairwise(held):
+                pairs = zip(before, after, strict=True)
+                num_edits += sum(mask_id != old != new for old, new in pairs)
+    assert num_edits > 20
+
+
+@pytest.mark.parametrize("post_steps", [0, 1, 16, 64])
+def test_edits_that_never_settle_end(served: Served, post_steps: int) -> None:
+    """Each block after its steps with masks and ``post_steps`` more."""
+    if not served.edits:
+        pytest.skip("refused: tests/e2e/test_streaming.py")
+    mask_id, max_tokens = served.config["mask_token_id"], 9
+    follows = {mask_id: 7, 7: 8, 8: 7}
+    extra = {"unmask_strategy": "llada21_quality", "unmask_post_steps": post_steps}
+    asked = greedy(extra, max_tokens=max_tokens)
+    flipping = [[7, 8] * 3 + [7] * tail for tail in range(BLOCK)]
+    outputs, records = served.engine.run(
+        family_calls.generate_flipping, flipping, asked, follows
+    )
+    blocks = by_block(records)
+    assert len(blocks) >= 2 * len(flipping)
+    for (request, start), steps in blocks.items():
+        known = flipping[request] + outputs[request]["tokens"]
+        held = [record["active"] for record in steps]
+        assert sum(mask_id not in active for active in held) == post_steps
+        fixed = steps[0]["num_fixed"]
+        for active, after in itertools.pairwise(held):
+            for old, new in zip(active[fixed:], after[fixed:], strict=True):
+                assert old == new == mask_id or new == follows[old]
+        reported = known[start + fixed : start + BLOCK]
+        last = [follows[token] for token in held[-1][fixed:]]
+        assert reported == last[: len(reported)]
+        assert all(active[:fixed] == known[start : start + fixed] for active in held)
+    for output in outputs:
+        assert len(output["tokens"]) == max_tokens
+    # The engine goes on.
+    free = prompts()[5]
+    assert served.generate([free], greedy(STATIC)) == [
+        served.decode(free, choose_static)
+    ]
+
+
+def by_block(
+    records: list[dict[str, Any]],
+) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """(place of the request, first position of its block) -> steps, in order."""
+    names = sorted({record["request"] for record in records}, key=name_order)
+    blocks: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for record in records:
+        key = names.index(record["request"]), len(record["prefix"])
+        blocks.setdefault(key, []).append(record)
+    return blocks
+
+
+def name_order(request: str) -> int:
+    """vLLM numbers the requests of a call."""
+    return int(request.partition("-")[0])
 
 
 def kinds(weights: Weights) -> dict[str, str]:

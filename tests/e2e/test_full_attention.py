@@ -206,6 +206,7 @@ def test_seeds_of_later_blocks_are_seen_from_the_start(served: Served) -> None:
         ({"unmask_refresh": 2}, "expected it only beside a model with full attention"),
         ({"unmask_cache": "all"}, "expected one of none, prefix, dual"),
         ({"unmask_window": -1}, "an integer, at least 0"),
+        ({"unmask_answer_block_length": 1}, "every position sees every other one"),
     ],
 )
 def test_refused_requests(served: Served, extra: dict[str, Any], said: str) -> None:

@@ -562,6 +562,7 @@ def test_every_option_of_a_request_is_accepted(server: Server) -> None:
         {"unmask_strict": True, "unmask_threshold": 0.25},
         {"unmask_confidence_from": "raw"},
         {"unmask_confidence_from": "transformed"},
+        {"unmask_answer_block_length": 1, "unmask_answer_after": "e"},
         *(
             {"unmask_order": order} | STATIC
             for order in ("confidence", "margin", "entropy", "random")

@@ -79,6 +79,26 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ours(causal_kv=True) | {"model": "window"},
         ["causal_kv=True has no use", "expected false"],
     ),
+    "short blocks in a window": (
+        ours(answer_block_length=1) | {"model": "window"},
+        ["answer_block_length=1 is not possible", "a window that moves on"],
+    ),
+    "short blocks beside lookahead": (
+        ours(answer_block_length=1, strategy="lookahead"),
+        ["answer_block_length=1 is not possible", "a strategy without lookahead"],
+    ),
+    "short blocks beside a causal cache": (
+        ours(answer_block_length=1, causal_kv=True),
+        ["answer_block_length=1 is not possible", "a server without causal_kv"],
+    ),
+    "short blocks that fill no block": (
+        ours(answer_block_length=3),
+        ["answer_block_length=3", "a divisor of 4"],
+    ),
+    "short blocks without a tokenizer": (
+        ours(answer_block_length=1),
+        ["answer_block_length=1 needs the tokenizer", "skip_tokenizer_init"],
+    ),
     "asynchronous scheduling of a window": (
         {"model": "window", "async_scheduling": True},
         ["--async-scheduling is not supported", "remove it"],

@@ -210,6 +210,7 @@ def test_other_rules_end_every_window(served: Served, strategy: str) -> None:
             "step_sizes='cosine' needs blocks.*expected linear",
         ),
         ({"unmask_cache": "dual"}, "unmask_cache='dual' has no effect"),
+        ({"unmask_answer_block_length": 1}, "has a window that moves on"),
         ({"diffusion_seed_canvas": [1, 2]}, "diffusion_seed_canvas=.*no seeds"),
     ],
 )

@@ -153,6 +153,8 @@ def decide(
         scores = _reject_early_end(block, scores, p)
     count = scheduled(block, p)
     region = _region(fillers, block, scores, p, state)
+    if block.reach is not None:
+        region = region & block.reach
     inputs = Inputs(
         block, scores, evidence.statistics, region, count, p, state, learned
     )

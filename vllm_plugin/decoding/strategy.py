@@ -28,6 +28,8 @@ class Block(NamedTuple):
     positions: torch.Tensor  # int64 [requests, block], absolute
     is_delimiter: torch.Tensor | None = None  # bool [vocab], for adablock
     injected: torch.Tensor | None = None  # bool [requests, block], seeded, not pinned
+    # bool [requests, block], of `masked` what attention is ready for; None: all.
+    reach: torch.Tensor | None = None
 
 
 def integers(parameters: Parameters, name: str) -> torch.Tensor:

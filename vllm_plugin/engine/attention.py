@@ -34,10 +34,23 @@ class RowPlan(NamedTuple):
     query_start: np.ndarray[Any, Any]  # int32 [rows + 1] row -> first query token
     # int32 [rows] tokens of the request's query that lie after the row
     after: np.ndarray[Any, Any]
+    # int32 [rows] those that lie after the row's block
+    after_block: np.ndarray[Any, Any]
 
 
-def plan_rows(num_scheduled: np.ndarray[Any, Any], block_length: int) -> RowPlan:
-    """Cut each request's query into blocks.
+class Parts(NamedTuple):
+    """Where blocks are cut into parts that do not see what is right of them."""
+
+    length: np.ndarray[Any, Any]  # int64 [requests], positions of a part
+    # int64 [requests], leading tokens of the query in blocks that are whole
+    long: np.ndarray[Any, Any]
+    start: torch.Tensor  # int64 [requests], absolute position where parts begin
+
+
+def plan_rows(
+    num_scheduled: np.ndarray[Any, Any], block_length: int, parts: Parts | None = None
+) -> RowPlan:
+    """Cut each request's query into blocks, and these into parts.
 
     Every query starts on the block grid or stays inside a block (the scheduler sees to
     it), so the cut depends on the query lengths alone and needs nothing from the
@@ -46,9 +59,13 @@ def plan_rows(num_scheduled: np.ndarray[Any, Any], block_length: int) -> RowPlan
     Args:
         num_scheduled: int [requests], query length of each request.
         block_length: positions in a block.
+        parts: of the requests; None for whole blocks.
     """
     lengths = num_scheduled.astype(np.int32, copy=False)
-    return RowPlan(*cpu_loops.cut_rows(lengths, block_length))
+    if parts is None:
+        whole = np.full(len(lengths), block_length, np.int64)
+        return RowPlan(*cpu_loops.cut_rows(lengths, block_length, whole, whole * 0))
+    return RowPlan(*cpu_loops.cut_rows(lengths, block_length, parts.length, parts.long))
 
 
 def build_block_causal_metadata(
@@ -61,6 +78,7 @@ def build_block_causal_metadata(
     windows: Windows | None,
     num_final: torch.Tensor | None = None,
     beyond: np.ndarray[Any, Any] | None = None,
+    parts: Parts | None = None,
 ) -> dict[str, Any]:
     """Attention metadata of a batch under the block-causal mask.
 
@@ -78,6 +96,7 @@ def build_block_causal_metadata(
         num_final: int64 [requests], leading rows of each query that see their block
             only up to themselves; None for none.
         beyond: as in `build_row_metadata`, of queries inside a block.
+        parts: of the requests, not together with ``num_final``; None for none.
 
     Returns:
         Layer name -> the backend's metadata, as ``build_attn_metadata`` does.
@@ -85,9 +104,14 @@ def build_block_causal_metadata(
     device = input_batch.seq_lens.device
     num_reqs = input_batch.num_reqs
     num_scheduled = input_batch.num_scheduled_tokens[:num_reqs]
-    plan = plan_rows(num_scheduled, block_length)
+    plan = plan_rows(num_scheduled, block_length, parts)
     request = async_tensor_h2d(plan.request, device=device, dtype=torch.int64)
-    after = async_tensor_h2d(plan.after, device=device, dtype=torch.int32)
+    after = async_tensor_h2d(plan.after_block, device=device, dtype=torch.int32)
+    if parts is not None:
+        first = async_tensor_h2d(plan.query_start[:-1], device=device)
+        short = input_batch.positions[first.long()] >= parts.start[request]
+        of_part = async_tensor_h2d(plan.after, device=device, dtype=torch.int32)
+        after = torch.where(short, of_part, after)
     query_start = torch.from_numpy(plan.query_start)
     upper_bound = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(plan.request)]
     seq_lens = input_batch.seq_lens[request] - after

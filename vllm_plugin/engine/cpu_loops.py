@@ -17,26 +17,40 @@ from vllm_unmask.kernels.jit import compiled
 Array = npt.NDArray[Any]
 
 
-@compiled("Tuple((int64[::1], int32[::1], int32[::1]))(int32[::1], int64)")
-def cut_rows(lengths: Array, block: int) -> tuple[Array, Array, Array]:
-    """The fields of `attention.RowPlan` for queries of these lengths."""
+@compiled(
+    "Tuple((int64[::1], int32[::1], int32[::1], int32[::1]))"
+    "(int32[::1], int64, int64[::1], int64[::1])"
+)
+def cut_rows(
+    lengths: Array, block: int, parts: Array, long: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The fields of `attention.RowPlan` for queries of these lengths.
+
+    Blocks from `long` on, a multiple of the block, are cut into parts.
+    """
     num_rows = 0
-    for length in lengths:
-        num_rows += (length + block - 1) // block
+    for i in range(len(lengths)):
+        whole = min(lengths[i], long[i])
+        num_rows += (whole + block - 1) // block
+        num_rows += (lengths[i] - whole + parts[i] - 1) // parts[i]
     request = np.empty(num_rows, dtype=np.int64)
     query_start = np.zeros(num_rows + 1, dtype=np.int32)
     after = np.empty(num_rows, dtype=np.int32)
+    after_block = np.empty(num_rows, dtype=np.int32)
     row = 0
     for i in range(len(lengths)):
-        left = lengths[i]
-        while left > 0:
-            taken = min(left, block)
-            left -= taken
+        done = 0
+        while done < lengths[i]:
+            block_end = min((done // block + 1) * block, lengths[i])
+            width = block if done < long[i] else parts[i]
+            taken = min(width, block_end - done)
+            done += taken
             request[row] = i
             query_start[row + 1] = query_start[row] + taken
-            after[row] = left
+            after[row] = lengths[i] - done
+            after_block[row] = lengths[i] - block_end
             row += 1
-    return request, query_start, after
+    return request, query_start, after, after_block
 
 
 @compiled(

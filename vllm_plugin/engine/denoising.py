@@ -82,6 +82,7 @@ class Stepper:
         self.tracer = model_state.tracer
         self.verifier = model_state.verifier
         self.drafts = model_state.drafts
+        self.answers = model_state.answers
 
     def step(
         self,
@@ -107,6 +108,7 @@ class Stepper:
         active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
         if rows.forwarded is not None:
             masked = masked & rows.forwarded
+        reach = self.answers.reach(rows, masked)
 
         # MASK is never a prediction: a revealed mask would loop forever.
         raw_logits, positions = inputs.logits, rows.positions(length).view(-1)
@@ -130,6 +132,7 @@ class Stepper:
                 rows,
                 active,
                 masked,
+                reach,
                 positions,
                 self.sampling_states,
                 None if grammar is None else grammar.first_live(len(active), device),
@@ -149,7 +152,7 @@ class Stepper:
             self.states.strategy,
             rows.slots,
             rows.width,
-            masked,
+            masked if reach is None else reach,
             scores.confidence,
             scores.order,
         )
@@ -204,6 +207,7 @@ class Stepper:
         if closing is not None:
             width = width.where(~closing, whole)
         tokens, num_tokens, complete = self._close(rows, width, done.active, opened)
+        self.answers.observe(rows, tokens, num_tokens)
         if self.tracer.concern(rows):
             self.tracer.observe(
                 rows,

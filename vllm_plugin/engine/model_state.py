@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_unmask.decoding.learned import Filter, load_filter
+from vllm_unmask.engine.answers import Answers
 from vllm_unmask.engine.attention import build_block_causal_metadata, count_final_rows
 from vllm_unmask.engine.carry import Carry
 from vllm_unmask.engine.denoising import Stepper
@@ -33,11 +34,7 @@ from vllm_unmask.engine.strategy_data import Delimiters
 from vllm_unmask.engine.sub_blocks import SubBlocks
 from vllm_unmask.engine.tracing import Tracer
 from vllm_unmask.engine.verification import Verifier
-from vllm_unmask.engine.windows import (
-    Windows,
-    attend_in_windows,
-    write_windows,
-)
+from vllm_unmask.engine.windows import Windows, attend_in_windows, write_windows
 from vllm_unmask.options import (
     GRAMMAR_KEY,
     DecodingOptions,
@@ -81,13 +78,11 @@ class BlockDiffusionModelState(ModelState):
             learned = load_filter(served["filter"], self.geometry.block_length)
             learned = Filter(*(x.to(device) for x in learned))
         self.openings = Openings(self.max_num_reqs, self.geometry, device)
+        delimiters = Delimiters(self.model_config, self.vocab_size, device)
         self.strategies = Strategies(
-            self.max_num_reqs,
-            self.geometry,
-            device,
-            learned,
-            Delimiters(self.model_config, served["vocab_size"], device),
+            self.max_num_reqs, self.geometry, device, learned, delimiters
         )
+        self.answers = Answers(self.max_num_reqs, self.geometry, device, delimiters)
         parallel = vllm_config.parallel_config
         self.tracer = Tracer(served["traces"], parallel.rank == 0, *self.geometry)
         self.drafts = Drafts(
@@ -157,6 +152,7 @@ class BlockDiffusionModelState(ModelState):
         self.tracer.add_request(req_index, req_id, options.trace, speculates)
         self.drafts.add_request(req_index, options)
         self.verifier.add_request(req_index, req_id, options)
+        self.answers.add_request(req_index, options, token_ids, num_prompt)
         self.openings.add_request(
             req_index,
             req_id,
@@ -334,4 +330,5 @@ class BlockDiffusionModelState(ModelState):
             self.windows,
             num_final,
             self.sub_blocks.beyond(input_batch),
+            self.answers.locate(input_batch),
         )

@@ -32,6 +32,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_unmask.engine.depth import WindowPlan
 from vllm_unmask.engine.metrics import Watch
+from vllm_unmask.engine.page_sharing import PageSharing
 from vllm_unmask.engine.tracing import TRACE_KEY, VERSION, forget_trace, read_trace
 from vllm_unmask.options import (
     DecodingOptions,
@@ -61,7 +62,7 @@ class BlockDiffusionScheduler(Scheduler):
         self.need_mamba_block_aligned_split = True
         # Requests whose last reported block still awaits its final forward.
         self.pending: set[str] = set()
-        self._cache_final_blocks_only()
+        self.sharing = PageSharing(self.kv_cache_manager, self._first_open_position)
         self.default_options = server_options_from_dict(served["server"]).decoding
         # Requests that also unmask in their next block, which every step forwards.
         self.looking_ahead: set[str] = set()
@@ -89,21 +90,6 @@ class BlockDiffusionScheduler(Scheduler):
         start = request.num_tokens // length * length
         return start - length if request.request_id in self.pending else start
 
-    def _cache_final_blocks_only(self) -> None:
-        """Keep a block that was just reported out of the prefix cache.
-
-        Asynchronous scheduling (and vLLM 0.33) caches up to the last reported
-        token, whose KV is final one step later, or never if the request ends.
-        """
-        manager = self.kv_cache_manager
-        cache_blocks = manager.cache_blocks
-
-        def cache_final_blocks(request: Request, num_computed_tokens: int) -> None:
-            final = self._first_open_position(request)
-            cache_blocks(request, min(num_computed_tokens, final))
-
-        manager.cache_blocks = cache_final_blocks
-
     def _canvas_length(self, request: Request) -> int:
         """Positions of the next query, from the first open position on."""
         req_id = request.request_id
@@ -123,6 +109,8 @@ class BlockDiffusionScheduler(Scheduler):
         """Note what the options of a request ask of the scheduler."""
         if "lookahead" in options.fillers:
             self.looking_ahead.add(request.request_id)
+        if (options.answer_block_length or self.block_length) < self.block_length:
+            self.sharing.apart.add(request.request_id)
         self.windows.add(request.request_id, options)
         if options.trace:
             self.traced[request.request_id] = (request, options.strategy)
@@ -318,11 +306,13 @@ class BlockDiffusionScheduler(Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self.pending.discard(request.request_id)
+        self.sharing.preempt(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.pending.discard(request.request_id)
         self.looking_ahead.discard(request.request_id)
+        self.sharing.apart.discard(request.request_id)
         self.windows.forget(request.request_id)
         aborted = request.status == RequestStatus.FINISHED_ABORTED
         if aborted and self.traced.pop(request.request_id, None):

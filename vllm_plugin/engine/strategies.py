@@ -6,7 +6,6 @@ canvas operations carry it out for the whole batch.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from vllm_unmask.decoding.learned import Filter
 from vllm_unmask.decoding.strategy import Parameters, State
 from vllm_unmask.engine.biases import changes_logits
 from vllm_unmask.engine.states import BlockGeometry, each, put, select, take
-from vllm_unmask.options import DecodingOptions
+from vllm_unmask.options import DecodingOptions, decoding_limits
 from vllm_unmask.seeds import Seeds
 
 # Not a filler that a request can name: its canvas starts with more than masks.
@@ -39,7 +38,9 @@ _MEMORY = {
     "rcr": ("at_reveal",),
 }
 _COLUMNS = tuple(
-    field.name for field in fields(DecodingOptions) if field.name != "strategy"
+    name
+    for name, limits in decoding_limits().items()
+    if limits.kind not in ("strategy", "text")
 )
 
 

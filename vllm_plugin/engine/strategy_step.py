@@ -44,6 +44,7 @@ class StrategyStep:
         rows: the requests that denoise.
         active: int64 [requests, block], their blocks before the step.
         masked: bool [requests, block], positions to be unmasked.
+        reach: bool [requests, block], those that may be unmasked now; None: all.
         positions: int64 [requests * block], absolute.
         sampling: vLLM's sampling parameters of all slots.
         first_live: int64 [requests], column before which the grammar has verified.
@@ -58,13 +59,14 @@ class StrategyStep:
         rows: "DenoisingRows",
         active: torch.Tensor,
         masked: torch.Tensor,
+        reach: torch.Tensor | None,
         positions: torch.Tensor,
         sampling: Any,
         first_live: torch.Tensor | None,
     ) -> None:
         self.strategies, self.openings = strategies, openings
         self.canvas = canvas
-        self.active, self.masked = active, masked
+        self.active, self.masked, self.reach = active, masked, reach
         self.length, self.mask_id = strategies.geometry
         self.positions = positions.view(-1, self.length).long()
         self.rows = rows
@@ -107,6 +109,7 @@ class StrategyStep:
             positions=group.take(self.positions),
             is_delimiter=strategies.is_delimiter(group),
             injected=injected,
+            reach=None if self.reach is None else group.take(self.reach),
         )
 
     def read(self, logits: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ from vllm_unmask.options import DecodingOptions
 Array = np.ndarray[Any, Any]
 
 
-class Parts(NamedTuple):
+class PartialQueries(NamedTuple):
     """Queries that have a part of their open block; int64 [queries] each."""
 
     request: Array  # -> row of the batch
@@ -80,7 +80,7 @@ class SubBlocks:
         keeps = options.value("cache") == "sub_block"
         self.length[slot] = sub_block_length(options, length) if keeps else 0
 
-    def locate(self, batch: InputBatch) -> Parts | None:
+    def locate(self, batch: InputBatch) -> PartialQueries | None:
         """Which queries of a batch have a part of a block; None for none."""
         if batch.num_draft_tokens_per_req is None:  # a dummy batch
             return None
@@ -94,13 +94,13 @@ class SubBlocks:
         start = (end - 1) // length * length
         width = np.minimum(self.max_model_len - start, length)
         first = np.maximum(begin - start, 0)
-        found = Parts(
+        found = PartialQueries(
             index, start, np.maximum(start - begin, 0), first, end - start, width
         )
         inside = np.flatnonzero((found.end - first) < width)
         if not len(inside):
             return None
-        return Parts(*(field[inside] for field in found))
+        return PartialQueries(*(field[inside] for field in found))
 
     def beyond(self, batch: InputBatch) -> Array | None:
         """Positions behind each query that it sees, int64 [requests]; None for none."""
@@ -143,7 +143,7 @@ class SubBlocks:
         return rows
 
     def _place(
-        self, batch: InputBatch, rows: DenoisingRows, parts: Parts
+        self, batch: InputBatch, rows: DenoisingRows, parts: PartialQueries
     ) -> DenoisingRows:
         to_device = self._device
         row = np.searchsorted(rows.batch_index, parts.request)

@@ -26,6 +26,7 @@ from vllm_unmask.options import (
     server_options_to_dict,
 )
 from vllm_unmask.requirements import (
+    require_answer_fit,
     require_attention_fit,
     require_filter,
     require_parts_scheduled,
@@ -81,6 +82,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "block_length": block_length,
             "mask_token_id": mask_token_id,
             "vocab_size": vllm_config.model_config.get_vocab_size(),
+            "tokenizer": not vllm_config.model_config.skip_tokenizer_init,
             "shifted": shifted,
             "first_alone": getattr(hf_config, "first_alone", False),
             # Windows in which a draft is verified: the block as drafted, and, where
@@ -90,6 +92,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "traces": _kept(vllm_config, "traces", _new_traces),
             "filter": _filter(vllm_config, options, block_length),
         }
+        require_answer_fit(options.decoding, hf_config.unmask_served)
         # Draft tokens of a step: at most the block and the next one, and candidates.
         blocks = 1 + (options.max_candidates or 1)
         vllm_config.diffusion_config = DiffusionConfig(
