@@ -83,7 +83,8 @@ def _frontier(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _speeds(axes: Any, rows: list[dict[str, Any]]) -> None:
-    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    found = dict.fromkeys(row["preset"] for row in rows)
+    presets = [preset for preset in found if preset in COLOURS]
     places = sorted({row["concurrency"] for row in rows})
     width = 0.85 / len(presets)
     for number, preset in enumerate(presets):

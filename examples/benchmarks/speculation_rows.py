@@ -12,6 +12,8 @@ STATIC = "static"
 # Server options of the engines. Depths are learnt, so presets that do share none.
 FIXED, CAUSAL = "fixed", "fixed, token-causal KV"
 ADAPTIVE = ("freedave adaptive", "threshold+freedave adaptive")
+# On the same engines, without speculation: no two processes are equally fast.
+BESIDE = ("static, adaptive server", "threshold, adaptive server")
 SERVERS: Mapping[str, Mapping[str, Any]] = {
     FIXED: {"adaptive_candidates": False},
     CAUSAL: {"adaptive_candidates": False, "causal_kv": True},
@@ -26,10 +28,7 @@ class Preset(NamedTuple):
     strategy: str
     base: str  # preset that it is compared with
     options: Mapping[str, Any] = {}
-
-    @property
-    def server(self) -> str:
-        return self.name if self.name in ADAPTIVE else FIXED
+    server: str = FIXED
 
     @property
     def extra_args(self) -> dict[str, Any]:
@@ -42,10 +41,12 @@ _RULE = "threshold"
 PRESETS = (
     Preset(STATIC, STATIC, STATIC),
     Preset("freedave", "static+freedave", STATIC),
-    Preset("freedave adaptive", "static+freedave", STATIC),
+    Preset(BESIDE[0], STATIC, BESIDE[0], server=ADAPTIVE[0]),
+    Preset(ADAPTIVE[0], "static+freedave", BESIDE[0], server=ADAPTIVE[0]),
     Preset(_RULE, _RULE, _RULE),
     Preset("threshold+freedave", "threshold+freedave", _RULE),
-    Preset("threshold+freedave adaptive", "threshold+freedave", _RULE),
+    Preset(BESIDE[1], _RULE, BESIDE[1], server=ADAPTIVE[1]),
+    Preset(ADAPTIVE[1], "threshold+freedave", BESIDE[1], server=ADAPTIVE[1]),
     Preset("s2d2_sdar_4", "s2d2_sdar_4", _RULE),
     Preset("s2d2_sdar_16", "s2d2_sdar_16", _RULE),
     Preset("s2d2 always", "threshold+s2d2", _RULE, {"route": "always"}),
