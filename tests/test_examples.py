@@ -178,9 +178,9 @@ def test_variants_hold_both_sides_of_the_ratio(throughput, quick):
     assert len(set(variants)) == len(variants)
 
 
-def test_torch_loop_is_the_dense_loop(throughput):
+def test_torch_loop_is_the_dense_loop(throughput, monkeypatch):
     """Tokens, and denoising forwards, of whole sequences without a cache."""
-    sys.path[:0] = [str(EXAMPLES / "benchmarks"), str(EXAMPLES / "demo_model")]
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo_model"))
     from batches import encode_example
     from checkpoint import load
     from decode import decode_blocks

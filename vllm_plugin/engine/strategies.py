@@ -142,11 +142,11 @@ class Strategies:
         if "klass" in options.fillers:
             self.settling[req_id] = slot
         self.kind[slot] = 0
-        plain = is_plain(options, seeds) and SPECULATION.isdisjoint(options.fillers)
-        self.reads_all[slot] = not plain or changes_logits(params)
-        if is_plain(options, seeds):
+        plain, fillers = is_plain(options, seeds), options.fillers
+        drafts = not SPECULATION.isdisjoint(fillers)
+        self.reads_all[slot] = not plain or drafts or changes_logits(params)
+        if plain:
             return
-        fillers = options.fillers
         if seeds is not None:
             fillers = fillers | {SEEDED}
         kind = (fillers, options.value("delimiter") or "")
