@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions on requests with shorter blocks that tests run beside an engine."""
 
-import time
 from typing import Any
 
 import engine_calls
@@ -20,22 +19,6 @@ def generate_preempted(
     Args:
         every: how many; 0 for never.
     """
-    scheduler = engine_calls.scheduler(llm)
-    schedule = scheduler.schedule
-    steps = preempted = 0
-
-    def preempting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps, preempted
-        steps += 1
-        if every and steps % every == 0 and len(scheduler.running) > 1:
-            victim = scheduler.running.pop()
-            scheduler._preempt_request(victim, time.monotonic())
-            preempted += 1
-        return schedule(*args, **kwargs)
-
-    scheduler.schedule = preempting
-    try:
+    with engine_calls.preempting(llm, every) as preempted:
         outputs, records = engine_calls.generate_recorded(llm, prompts, params)
-    finally:
-        del scheduler.schedule
-    return outputs, records, preempted
+    return outputs, records, len(preempted)

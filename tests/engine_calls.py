@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that tests run beside an engine (``EngineProcess.run``)."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -42,6 +45,30 @@ def model_runner(llm: Any) -> Any:
 def scheduler(llm: Any) -> Any:
     """The engine core's scheduler."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextmanager
+def preempting(llm: Any, every: int) -> Iterator[list[str]]:
+    """Preempt the youngest request every few steps, 0 for never; yields whom."""
+    of = scheduler(llm)
+    schedule = of.schedule
+    steps = 0
+    preempted: list[str] = []
+
+    def preempt_and_schedule(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if every and steps % every == 0 and len(of.running) > 1:
+            victim = of.running.pop()
+            of._preempt_request(victim, time.monotonic())
+            preempted.append(victim.request_id)
+        return schedule(*args, **kwargs)
+
+    of.schedule = preempt_and_schedule
+    try:
+        yield preempted
+    finally:
+        del of.schedule
 
 
 def generate_recorded(

@@ -225,21 +225,6 @@ def chat_preempted(
     llm: Any, prompts: list[str], params: Any, every: int
 ) -> tuple[list[dict[str, Any]], int]:
     """``chat``, with the youngest request preempted every few steps."""
-    scheduler = engine_calls.scheduler(llm)
-    schedule = scheduler.schedule
-    steps = preempted = 0
-
-    def preempting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps, preempted
-        steps += 1
-        if steps % every == 0 and len(scheduler.running) > 1:
-            victim = scheduler.running.pop()
-            scheduler._preempt_request(victim, time.monotonic())
-            preempted += 1
-        return schedule(*args, **kwargs)
-
-    scheduler.schedule = preempting
-    try:
-        return chat(llm, prompts, params), preempted
-    finally:
-        del scheduler.schedule
+    with engine_calls.preempting(llm, every) as preempted:
+        answers = chat(llm, prompts, params)
+    return answers, len(preempted)
