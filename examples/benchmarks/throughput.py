@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -38,42 +39,21 @@ from closed_loop import (  # noqa: E402
 )
 from machine import load_average, say, surroundings  # noqa: E402
 from tasks import check  # noqa: E402
+from throughput_plot import plot  # noqa: E402
+from throughput_variants import (  # noqa: E402
+    AR,
+    RULE,
+    THRESHOLD,
+    TORCH,
+    UNMASK,
+    Variant,
+    variants,
+)
 from torch_loop import TorchLoop  # noqa: E402
 
-UNMASK, AR, TORCH = "unmask", "vllm-ar", "torch-loop"
 CONCURRENCIES = (1, 4, 16)
-THRESHOLD = 0.9
-THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 # Requests that run together to outputs of so many tokens, one token a step.
 GROWING, LONG_OUTPUT = 8, 384
-# Of the systems that unmask by confidence, in the ratios.
-RULE = ("threshold", THRESHOLD)
-
-
-class Variant(NamedTuple):
-    """What a row of the result is about."""
-
-    system: str
-    strategy: str | None = None
-    threshold: float | None = None
-
-    @property
-    def label(self) -> str:
-        if self.strategy is None:
-            return self.system
-        if self.threshold is None:
-            return f"{self.system}, {self.strategy}"
-        return f"{self.system}, {self.strategy} {self.threshold:g}"
-
-    @property
-    def extra_args(self) -> dict[str, Any] | None:
-        """Request options of this plugin."""
-        if self.strategy is None:
-            return None
-        options: dict[str, Any] = {"unmask_strategy": self.strategy}
-        if self.threshold is not None:
-            options["unmask_threshold"] = self.threshold
-        return options
 
 
 class Sample(NamedTuple):
@@ -101,17 +81,6 @@ def num_prompts(concurrency: int, quick: bool) -> int:
     if quick:
         return max(12, (8 if concurrency <= 4 else 4) * concurrency)
     return max(24, (16 if concurrency <= 4 else 10) * concurrency)
-
-
-def variants(quick: bool) -> list[Variant]:
-    """Every row of one concurrency; the two of the ratio next to each other."""
-    others = [] if quick else [t for t in THRESHOLDS if t != THRESHOLD]
-    return [
-        Variant(AR),
-        Variant(UNMASK, "threshold", THRESHOLD),
-        Variant(UNMASK, "static"),
-        *(Variant(UNMASK, "threshold", threshold) for threshold in others),
-    ]
 
 
 def row(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -237,79 +206,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Speed over concurrency, and what parallel unmasking costs in accuracy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    series: dict[Variant, list[dict[str, Any]]] = {}
-    for item in result["rows"]:
-        variant = Variant(item["system"], item["strategy"], item["threshold"])
-        series.setdefault(variant, []).append(item)
-    for variant, style in (
-        (Variant(TORCH, *RULE), {"color": "C3", "marker": "x"}),
-        (Variant(UNMASK, *RULE), {"color": "C0", "marker": "o"}),
-        (Variant(AR), {"color": "C1", "marker": "s"}),
-        (Variant(UNMASK, "static"), {"color": "C2", "marker": "^"}),
-    ):
-        if variant not in series:
-            continue
-        items = sorted(series[variant], key=lambda i: i["concurrency"])
-        speed = [i["tokens_per_second"] for i in items]
-        spread = [
-            [s - i["tokens_per_second_min"] for s, i in zip(speed, items, strict=True)],
-            [i["tokens_per_second_max"] - s for s, i in zip(speed, items, strict=True)],
-        ]
-        flights = [i["concurrency"] for i in items]
-        left.errorbar(flights, speed, spread, label=variant.label, capsize=3, **style)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="requests in flight",
-        ylabel="output tokens per second",
-        title="Speed (median, min to max)",
-    )
-    ticks = sorted({i["concurrency"] for i in result["rows"]})
-    left.set_xticks(ticks, [str(tick) for tick in ticks])
-    left.minorticks_off()
-    left.set_yticks(speed_ticks := [100, 200, 500, 1000, 2000, 5000, 10000])
-    left.set_yticklabels([f"{tick:,}" for tick in speed_ticks])
-    slowest = min(i["tokens_per_second_min"] for i in result["rows"])
-    fastest = max(i["tokens_per_second_max"] for i in result["rows"])
-    left.set_ylim(slowest / 1.2, fastest * 1.2)
-    left.legend()
-
-    most = max(i["concurrency"] for i in result["rows"])
-    points = sorted(
-        (items[-1]["tokens_per_forward"], items[-1]["exact_match"], variant)
-        for variant, items in series.items()
-        if items[-1]["concurrency"] == most and variant.system == UNMASK
-    )
-    right.plot([p[0] for p in points], [p[1] for p in points], "o-", color="C0")
-    for forward, match, variant in points:
-        name = variant.strategy if variant.threshold is None else f"{variant.threshold}"
-        right.annotate(
-            str(name), (forward, match), textcoords="offset points", xytext=(4, 7)
-        )
-    twin = [i["exact_match"] for i in series.get(Variant(AR), [])]
-    if twin:
-        right.axhline(twin[-1], color="C1", linestyle="--", label=AR)
-        right.legend()
-    low = min([p[1] for p in points] + twin)
-    right.set(
-        xlabel="output tokens per forward",
-        ylabel="exact match",
-        title=f"Accuracy by threshold, {most} in flight",
-        ylim=(max(0.0, low - 0.05), 1.005),
-    )
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-
-
 def measure(
     engine: Engine,
     variant: Variant,
@@ -338,25 +234,48 @@ def measure(
     )
 
 
+class Mode(NamedTuple):
+    """A way to run an engine."""
+
+    forward: str  # "eager" or "compiled"
+    threads: int | None  # of OpenMP; None: vLLM's default
+
+    @property
+    def label(self) -> str:
+        if self.threads is None:
+            return self.forward
+        return f"{self.forward}, {self.threads} threads"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        if self.threads is None:
+            return {}
+        return {
+            "OMP_NUM_THREADS": str(self.threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+
+
 def start_fastest(
     variant: Variant,
     model: Path,
-    modes: Sequence[str],
+    modes: Sequence[Mode],
     environment: dict[str, str],
     examples: Sequence[dict[str, str]],
     concurrencies: Sequence[int],
     log: Path,
 ) -> tuple[Engine, dict[str, Any]]:
     """Start a system's engine in each mode and keep the fastest."""
-    engines: dict[str, Engine] = {}
+    best: Engine | None = None
+    facts: dict[str, Any] = {}
     trial: dict[str, Any] = {}
     for mode in modes:
-        say(f"starting {variant.system}, {mode}")
+        say(f"starting {variant.system}, {mode.label}")
         try:
             most = max(*concurrencies, MAX_CONCURRENCY)
             engine = Engine(
-                settings(model, mode == "eager", most),
-                environment=environment,
+                settings(model, mode.forward == "eager", most),
+                environment=environment | mode.environment,
                 log=log,
                 loop_type=TorchLoop if variant.system == TORCH else Loop,
             )
@@ -365,21 +284,22 @@ def start_fastest(
                 measure(engine, variant, concurrency, 0, examples[:16])
         except RuntimeError as error:
             # Compiling needs a C++ compiler, which not every machine has.
-            trial[mode] = str(error).strip().splitlines()[-1]
-            if mode == modes[-1] and not engines:
+            trial[mode.label] = str(error).strip().splitlines()[-1]
+            if mode == modes[-1] and best is None:
                 raise
             continue
-        engines[mode] = engine
-    for mode, engine in engines.items():
-        time.sleep(SETTLE_SECONDS)
-        speeds = [measure(engine, variant, 4, 0, examples[:16]).speed for _ in range(3)]
-        trial[mode] = median(speeds)
-    best = max(engines, key=lambda mode: trial[mode])
-    for mode, engine in engines.items():
-        if mode != best:
+        speed = median(
+            measure(engine, variant, 4, 0, examples[:16]).speed for _ in range(3)
+        )
+        trial[mode.label] = speed
+        if best is not None and speed <= trial[facts["mode"]]:
             engine.close()
-    facts = {"mode": best, "trial_tokens_per_second": trial}
-    return engines[best], engines[best].facts | facts
+            continue
+        if best is not None:
+            best.close()
+        best, facts = engine, {"mode": mode.label}
+    assert best is not None
+    return best, best.facts | facts | {"trial_tokens_per_second": trial}
 
 
 def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
@@ -388,11 +308,10 @@ def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
     examples = [example for example in examples if example["task"] == "json"]
     counts = {c: num_prompts(c, args.quick) for c in sorted(args.concurrencies)}
     repeats = args.repeats or (3 if args.quick else 5)
-    modes = ("eager", "compiled") if args.mode == "auto" else (args.mode,)
+    forwards = ("eager", "compiled") if args.mode == "auto" else (args.mode,)
+    modes = [Mode(*mode) for mode in product(forwards, args.threads)]
+    alone = [Mode("eager", threads) for threads in args.threads]
     layout = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if args.one_process else "1"}
-    if args.threads:
-        layout["OMP_NUM_THREADS"] = str(args.threads)
-        layout["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     load = load_average()
     engines: dict[str, Engine] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -406,7 +325,7 @@ def run(args: argparse.Namespace, log: Path) -> dict[str, Any]:
             engines[system], facts[system] = start_fastest(
                 variant,
                 (args.models / folder).resolve(),
-                ("eager",) if system == TORCH else modes,
+                alone if system == TORCH else modes,
                 layout | environment,
                 examples,
                 tuple(counts),
@@ -480,7 +399,12 @@ def main() -> int:
         "of vLLM's default",
     )
     parser.add_argument(
-        "--threads", type=int, help="OpenMP threads of each engine (default: vLLM's)"
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[None],
+        help="OpenMP threads of an engine (default: vLLM's); of several the fastest "
+        "for each",
     )
     parser.add_argument(
         "--models", type=Path, default=DEMO, help="folder that holds both models"
