@@ -8,10 +8,15 @@ computed them. Independent of the plugin and of vLLM.
 from typing import Any, NamedTuple
 
 import torch
-from dense_reference import Choose, Weights, attend, rms_norm, rotate
+from dense_reference import Choose, FeedForward, Weights, attend, rms_norm, rotate
 
-# The names of Dream and Fast-dLLM v2 (Qwen2's), and SDAR's (Qwen3's) -> LLaDA's.
+# The names of Dream and Fast-dLLM v2 (Qwen2's), SDAR's (Qwen3's) and LLaDA2's ->
+# LLaDA's.
 _RENAMED = {
+    "model.word_embeddings": "model.transformer.wte",
+    "attention.query_layernorm": "q_norm",
+    "attention.key_layernorm": "k_norm",
+    "attention.dense": "attn_out",
     "model.embed_tokens": "model.transformer.wte",
     "model.norm": "model.transformer.ln_f",
     "lm_head": "model.transformer.ff_out",
@@ -27,17 +32,25 @@ _RENAMED = {
 
 
 def as_llada(config: dict[str, Any], weights: Weights) -> tuple[Any, Weights]:
-    """A tiny checkpoint under LLaDA's names, biases beside the weights."""
-    renamed = {}
+    """A tiny checkpoint under LLaDA's names, besides its own."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    renamed = dict(weights)
     for name, weight in weights.items():
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
-        renamed[name] = weight
+        if "attention.query_key_value" not in name:
+            renamed[name] = weight
+            continue
+        dim = len(weight) // (heads + 2 * kv_heads)
+        parts = weight.split([heads * dim, kv_heads * dim, kv_heads * dim])
+        for part, rows in zip("qkv", parts, strict=True):
+            own = name.replace("attention.query_key_value", f"{part}_proj")
+            renamed[own] = rows
     return config | {
         "d_model": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config["num_key_value_heads"],
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
     }, renamed
 
 
@@ -46,10 +59,18 @@ class CachedLLaDA:
 
     Args:
         length: positions of the canvas.
+        feed_forward: as for ``dense_reference.dense_logits``; without it, LLaDA's.
     """
 
-    def __init__(self, config: dict[str, Any], weights: Weights, length: int) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: Weights,
+        length: int,
+        feed_forward: FeedForward | None = None,
+    ) -> None:
         self.config, self.weights = config, weights
+        self.feed_forward = feed_forward
         self.dim = config.get("head_dim", config["d_model"] // config["n_heads"])
         shape = (config["n_layers"], 2, config["n_kv_heads"], length, self.dim)
         self.cache = torch.full(shape, torch.nan)
@@ -80,11 +101,19 @@ class CachedLLaDA:
             )
             if f"{prefix}.q_norm.weight" in self.weights:
                 q, k = rms_norm(q, get("q_norm"), eps), rms_norm(k, get("k_norm"), eps)
-            q, k = rotate(q, theta, first), rotate(k, theta, first)
+            turned = self.config.get("rotary_dim", self.dim)
+            q, k = (
+                torch.cat((rotate(x[..., :turned], theta, first), x[..., turned:]), -1)
+                for x in (q, k)
+            )
             cache[0, :, rows], cache[1, :, rows] = k, v
             mixed = attend(q, cache[0, :, :end], cache[1, :, :end], everything)
             x = x + mixed @ get("attn_out").T
             h = rms_norm(x, get("ff_norm"), eps)
+            if self.feed_forward is not None:
+                name = f"model.layers.{layer}.mlp"
+                x = x + self.feed_forward(self.config, self.weights, name, h)
+                continue
             gate = torch.nn.functional.silu(h @ get("ff_proj").T)
             x = x + (gate * (h @ get("up_proj").T)) @ get("ff_out").T
         x = rms_norm(x, self.weights["model.transformer.ln_f.weight"], eps)
@@ -167,6 +196,7 @@ def decode_sub_blocks(
     keep: bool = True,
     seeds: tuple[int, ...] = (),
     max_model_len: int = 1 << 30,
+    feed_forward: FeedForward | None = None,
 ) -> Decoded:
     """The release's ``generate`` of Fast-dLLM v2, greedy, with both of its caches.
 
@@ -181,10 +211,11 @@ def decode_sub_blocks(
         keep: whether a forward after a sub-block's first one has the sub-block alone,
             where no row before it is asked.
         seeds: what the output starts with, the mask where that is open.
+        feed_forward: as for `CachedLLaDA`.
     """
     mask_id = config["mask_token_id"]
     stop = min(len(prompt) + max_tokens, max_model_len)
-    network = CachedLLaDA(config, weights, stop + block)
+    network = CachedLLaDA(config, weights, stop + block, feed_forward)
 
     def best(first: int, last: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         logits = network.forward(ids[first:last], first, end)

@@ -82,12 +82,23 @@ def _grouped_route(
     return {e: score[e] / total * config["routed_scaling_factor"] for e in best}
 
 
-def _sdar_moe_feed_forward(
+def sdar_moe_feed_forward(
     config: Config, weights: Weights, name: str, x: torch.Tensor
 ) -> torch.Tensor:
     if int(name.split(".")[2]) in config["mlp_only_layers"]:
         return gated_mlp(weights, name, x)
     return _mixture(weights, name, x, partial(_softmax_route, config))
+
+
+def llada2_feed_forward(
+    config: Config, weights: Weights, name: str, x: torch.Tensor
+) -> torch.Tensor:
+    """Experts beside the shared one, but in the first layers."""
+    if int(name.split(".")[2]) < config["first_k_dense_replace"]:
+        return gated_mlp(weights, name, x)
+    bias = weights[f"{name}.gate.expert_bias"].tolist()
+    mixed = _mixture(weights, name, x, partial(_grouped_route, config, bias))
+    return mixed + gated_mlp(weights, f"{name}.shared_experts", x)
 
 
 def llada2_logits(
@@ -115,13 +126,7 @@ def llada2_logits(
         k = rotate_first(rms_norm(k, get("attention.key_layernorm"), eps))
         x = x + attend(q, k, v, mask) @ get("attention.dense").T
         h = rms_norm(x, get("post_attention_layernorm"), eps)
-        if layer < config["first_k_dense_replace"]:
-            x = x + gated_mlp(weights, f"{name}.mlp", h)
-            continue
-        bias = weights[f"{name}.mlp.gate.expert_bias"].tolist()
-        route = partial(_grouped_route, config, bias)
-        x = x + _mixture(weights, f"{name}.mlp", h, route)
-        x = x + gated_mlp(weights, f"{name}.mlp.shared_experts", h)
+        x = x + llada2_feed_forward(config, weights, f"{name}.mlp", h)
     return rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
@@ -192,7 +197,7 @@ class Reference(NamedTuple):
 REFERENCES = {
     "SDARForCausalLM": Reference(sdar_config, dense_logits),
     "SDARMoeForCausalLM": Reference(
-        sdar_moe_config, partial(dense_logits, feed_forward=_sdar_moe_feed_forward)
+        sdar_moe_config, partial(dense_logits, feed_forward=sdar_moe_feed_forward)
     ),
     "LLaDA2MoeModelLM": Reference(llada2_config, llada2_logits),
     "Fast_dLLM_QwenForCausalLM": Reference(

@@ -6,13 +6,22 @@ Too long for every run; ``make conformance`` runs it.
 
 import random
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import engine_calls
 import pytest
-from checkpoints import EOS, MASK, write_checkpoint
-from e2e.test_sub_blocks import CONFIGS, CONTEXT, Served, greedy
+from checkpoints import (
+    EOS,
+    MASK,
+    llada2_config,
+    sdar_moe_config,
+    write_checkpoint,
+)
+from e2e.test_sub_blocks import CONFIGS as DENSE
+from e2e.test_sub_blocks import CONTEXT, Served, greedy
 from engine_process import EngineProcess
+from family_references import llada2_feed_forward, sdar_moe_feed_forward
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -20,12 +29,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     # Chunks of prompts, queries that wait, and preemption.
     "tight": {"max_num_batched_tokens": 72, "num_gpu_blocks_override": 14},
+    # vLLM wants a NUMA node for each rank unless it is told the cores.
+    "two_ranks": {
+        "tensor_parallel_size": 2,
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    },
 }
+FEED_FORWARDS = {"sdar_moe": sdar_moe_feed_forward, "llada2": llada2_feed_forward}
+CONFIGS = DENSE | {"sdar_moe": sdar_moe_config, "llada2": llada2_config}
 CASES = [
-    (name, block, settings)
-    for name in CONFIGS
-    for block in (4, 8, 32)
-    for settings in SETTINGS
+    *product(DENSE, (4, 8, 32), ("plain", "tight")),
+    *product(FEED_FORWARDS, (8,), ("tight",)),
+    *product(CONFIGS, (8,), ("two_ranks",)),
 ]
 
 
@@ -40,7 +55,8 @@ def served(
     with EngineProcess(
         model=str(path), block_size=32, max_model_len=CONTEXT, **SETTINGS[settings]
     ) as engine:
-        yield Served(engine, config, weights, name == "fast_dllm_v2", block)
+        shifted, feed_forward = name == "fast_dllm_v2", FEED_FORWARDS.get(name)
+        yield Served(engine, config, weights, shifted, block, feed_forward)
 
 
 @pytest.mark.parametrize("seed", range(6))

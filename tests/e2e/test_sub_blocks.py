@@ -20,6 +20,7 @@ from checkpoints import (
     sdar_config,
     write_checkpoint,
 )
+from dense_reference import FeedForward
 from engine_process import EngineProcess
 
 pytestmark = pytest.mark.e2e
@@ -62,6 +63,7 @@ class Served(NamedTuple):
     weights: Weights
     shifted: bool
     block: int = BLOCK
+    feed_forward: FeedForward | None = None
 
     def decode(
         self, prompt: list[int], small_block: int, threshold: float, **options: Any
@@ -75,6 +77,7 @@ class Served(NamedTuple):
             threshold=threshold,
             shifted=self.shifted,
             max_model_len=CONTEXT,
+            feed_forward=self.feed_forward,
             **options,
         )
 
