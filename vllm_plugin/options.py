@@ -47,7 +47,8 @@ class ServerOptions:
         Limits(
             "choice",
             "canvas layout: uniform schedules two blocks in every step, exact only "
-            "in a step that commits",
+            "in a step that commits; auto: exact, with asynchronous scheduling what "
+            "is faster at the load",
             choices=("auto", "uniform", "exact"),
         ),
     )

@@ -27,7 +27,7 @@ def random_engine(rng: random.Random, block: int) -> dict[str, Any]:
     while page % block:
         page += 32
     asynchronous = rng.random() < 0.5
-    layout = rng.choice(["auto", "uniform"] if asynchronous else ["exact", "uniform"])
+    layout = rng.choice(["auto", "exact", "uniform"])
     context = rng.choice([2 * page + 7, 3 * page, 200])
     return {
         "async_scheduling": asynchronous,

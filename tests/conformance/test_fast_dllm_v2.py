@@ -79,6 +79,7 @@ SETTINGS = {
     "exact": {"async_scheduling": False, "additional_config": {"layout": "exact"}},
     "uniform": {"async_scheduling": False, "additional_config": {"layout": "uniform"}},
     "async": {"async_scheduling": True, "additional_config": {}},
+    "turns": {"async_scheduling": True, "additional_config": {"layout": "exact"}},
 }
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import engine_calls
+import family_calls
 import pytest
 import torch
 from checkpoints import EOS, MASK, sdar_config, write_checkpoint
@@ -38,12 +39,18 @@ class Served(NamedTuple):
     weights: dict[str, torch.Tensor]
     block: int
     max_model_len: int
+    name: str
 
 
 ENGINES = {
     "block1": {"block": 1},
     "block4": {"block": 4},
     "block8-async": {"block": 8, "async_scheduling": True},
+    "block8-async-exact": {
+        "block": 8,
+        "async_scheduling": True,
+        "additional_config": {"unmask": {"layout": "exact"}},
+    },
     "block8-uniform": {
         "block": 8,
         "additional_config": {"unmask": {"layout": "uniform"}},
@@ -76,11 +83,13 @@ def served(
     options = dict(ENGINES[request.param])
     block = options.pop("block")
     options = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 4} | options
+    options["disable_log_stats"] = False
     path = tmp_path_factory.mktemp(request.param)
     config = sdar_config(block)
     weights = write_checkpoint(path, config)
     with EngineProcess(model=str(path), **options) as engine:
-        yield Served(engine, config, weights, block, options["max_model_len"])
+        length = options["max_model_len"]
+        yield Served(engine, config, weights, block, length, request.param)
 
 
 def prompts_for(block: int) -> list[list[int]]:
@@ -186,6 +195,25 @@ def test_forwards_are_denoising_steps(served: Served) -> None:
         # Asynchronous scheduling may have a step in flight when the last block
         # is reported; it is computed for nothing, at most once a request.
         assert forwards <= len(records) <= forwards + 1
+
+
+def test_rows_of_a_layout(served: Served) -> None:
+    """Two blocks in every step, or a second one where the first is complete."""
+    block, num_blocks = served.block, 3
+    steps = num_blocks * block
+    rows = {
+        # The first canvas comes behind its prompt, alone.
+        "block8-uniform": 2 * block * steps - block,
+        "block8-async-exact": block * (steps + num_blocks - 1),
+    }
+    if served.name not in rows:
+        pytest.skip("what is scheduled depends on the load")
+    prompts = [prompt[:1] * (2 * block) for prompt in prompts_for(block)[:3]]
+    before = served.engine.run(family_calls.diffusion_counters)
+    served.engine.run(engine_calls.generate, prompts, greedy(STATIC, max_tokens=steps))
+    after = served.engine.run(family_calls.diffusion_counters)
+    counted = tuple(b - a for a, b in zip(before, after, strict=True))
+    assert counted == (3 * steps, 3 * rows[served.name])
 
 
 def test_alone_equals_batched(served: Served) -> None:

@@ -15,14 +15,14 @@ block grid*, at the first block whose KV is not final.
    final, so for that step the request stands one block behind its tokens.
 
 With nothing in flight the scheduler knows where the device stands and says so
-in ``num_computed_tokens``. With a step in flight (asynchronous scheduling) it
-cannot know whether that step completes a block; it then schedules two blocks,
-which is right in either case, and vLLM's own accounting catches up.
+in ``num_computed_tokens``. With a step in flight (`async_scheduler`) it cannot know
+whether that step completes a block; if it schedules the request all the same, it
+schedules two blocks, which is right in either case, and vLLM's own accounting catches
+up.
 """
 
 from typing import Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -318,21 +318,3 @@ class BlockDiffusionScheduler(Scheduler):
         if aborted and self.traced.pop(request.request_id, None):
             forget_trace(self.traces, request.request_id)
         return super()._free_request(request, *args, **kwargs)
-
-
-class BlockDiffusionAsyncScheduler(BlockDiffusionScheduler, AsyncScheduler):
-    """Asynchronous scheduling: always the uniform layout, canvases by themselves."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        served = self.vllm_config.model_config.hf_config.unmask_served
-        if served["server"]["layout"] == "exact":
-            raise ValueError(
-                'layout="exact" needs the result of a step before it schedules the '
-                "next one; use it with --no-async-scheduling, or leave layout at "
-                '"auto"'
-            )
-        self.uniform = True
-
-    def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
-        """Not: the next step is planned before it is known what became of a block."""

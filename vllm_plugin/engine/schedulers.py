@@ -3,11 +3,9 @@
 
 from typing import Any
 
+from vllm_unmask.engine.async_scheduler import BlockDiffusionAsyncScheduler
 from vllm_unmask.engine.full_scheduler import FullAttentionScheduler
-from vllm_unmask.engine.scheduler import (
-    BlockDiffusionAsyncScheduler,
-    BlockDiffusionScheduler,
-)
+from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
 from vllm_unmask.engine.streaming_scheduler import StreamingScheduler
 from vllm_unmask.engine.sub_block_scheduler import SubBlockScheduler
 
