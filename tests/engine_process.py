@@ -10,7 +10,39 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from typing import Any
+from unittest.mock import patch
+
+import torch
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Two engines or a busy neighbour: spinning threads would starve them.
+    "OMP_NUM_THREADS": "1",
+}
+# What takes an engine longest to import, and starts no thread.
+PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.worker.gpu.model_runner"]
+
+
+@cache
+def _forkserver() -> Any:
+    """Processes that are forks of one that has imported vLLM, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    return context
+
+
+def _start_method(env: dict[str, str] | None) -> Any:
+    # Some variables are read when a module is imported, and a fork may not use a GPU
+    # that its parent has looked at.
+    if env or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    return _forkserver()
 
 
 def _serve(connection: Any, kwargs: dict[str, Any], env: dict[str, str]) -> None:
@@ -52,7 +84,7 @@ class EngineProcess:
     """Runs module-level functions ``function(llm, *args)`` beside an engine."""
 
     def __init__(self, *, env: dict[str, str] | None = None, **kwargs: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _start_method(env)
         self._connection, child = context.Pipe()
         settings = {
             "skip_tokenizer_init": True,
@@ -63,15 +95,9 @@ class EngineProcess:
             "kv_cache_memory_bytes": 64 << 20,
             "disable_log_stats": True,
         }
-        environment = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            # Two engines or a busy neighbour: spinning threads would starve them.
-            "OMP_NUM_THREADS": "1",
-        }
         self._process = context.Process(
             target=_serve,
-            args=(child, {**settings, **kwargs}, {**environment, **(env or {})}),
+            args=(child, {**settings, **kwargs}, {**ENVIRONMENT, **(env or {})}),
         )
         self._process.start()
         try:
