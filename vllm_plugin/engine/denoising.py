@@ -34,6 +34,7 @@ class Stepped(NamedTuple):
     logprobs: dict[int, LogprobsTensors]
     scores: Scores  # each tensor [requests, block]
     complete: torch.Tensor  # bool [requests], the block has no mask and is not held
+    num_steps: torch.Tensor  # int64 [requests], how many they are
 
     def then(
         self, rows: np.ndarray[Any, Any], opened: torch.Tensor, later: "Stepped"
@@ -55,6 +56,7 @@ class Stepped(NamedTuple):
             self.logprobs | later.logprobs,
             Scores(*(x.index_copy(0, index, y) for x, y in scores)),
             self.complete.index_copy(0, index, later.complete),
+            self.num_steps.index_add(0, index, later.num_steps),
         )
 
 
@@ -233,7 +235,8 @@ class Stepper:
             # error when it meets one.
             tokens[row, 0] = mask_id
             num_tokens[row] = 1
-        return Stepped(tokens, num_tokens, logprobs, scores, complete)
+        once = torch.ones_like(num_tokens)
+        return Stepped(tokens, num_tokens, logprobs, scores, complete, once)
 
     def open_blocks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Open blocks and their masked positions, each [requests, block].

@@ -62,6 +62,7 @@ class WindowMetadata(NamedTuple):
     cu_rows: torch.Tensor  # int32 [segments + 1]
     mask: torch.Tensor  # int32 [rows, words]
     max_window: int
+    holes: torch.Tensor | None = None  # int32 [segments, 2]
 
 
 def write_windows(
@@ -225,6 +226,7 @@ def _windowed(impl_cls: Any) -> Any:
                     windows.max_window,
                     self.scale,
                     output.view(query.shape)[:num_rows],
+                    windows.holes,
                 )
             return result
 
