@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.speculation import Speculating
+    from vllm_unmask.engine.windows import Speculating
 
 
 class _Exchange(NamedTuple):

@@ -204,8 +204,7 @@ class Stepper:
             hold = strategy.held(hold, done.active, grammar)
             hold = hold if wait is None else hold & ~wait
             width = torch.where(hold, 0, width)
-            if opened is None:
-                following = self._next_blocks(rows, strategy, inputs)
+            following = self._next_blocks(rows, strategy, inputs, opened)
         if closing is not None:
             width = width.where(~closing, whole)
         tokens, num_tokens, complete = self._close(rows, width, done.active, opened)
@@ -275,10 +274,17 @@ class Stepper:
         return tokens, num_tokens, complete
 
     def _next_blocks(
-        self, rows: DenoisingRows, strategy: StrategyStep, inputs: StepLogits
+        self,
+        rows: DenoisingRows,
+        strategy: StrategyStep,
+        inputs: StepLogits,
+        opened: torch.Tensor | None,
     ) -> NextBlocks | None:
         """What follows the open blocks where that is more than masks."""
         opens = self.strategies.opens(rows.slots_np)
+        if opened is not None and opens.any():
+            # They stay where the block behind a reported one has its place.
+            opens &= ~opened.cpu().numpy()
         if not opens.any():
             return None
         chosen = np.flatnonzero(opens)

@@ -168,9 +168,9 @@ class FullAttentionModelState(BlockDiffusionModelState):
         columns = torch.arange(length, device=self.device)
         rows = torch.minimum(open_row.unsqueeze(1) + columns, end.unsqueeze(1) - 1)
         logits_rows = [rows.view(-1)]
-        self.told = None
+        asks = input_batch.has_structured_output_reqs
+        self.told = req_states.draft_tokens if asks else None
         if windows is not None:
-            self.told = req_states.draft_tokens
             speculating, rows = self.drafts.read_windows(
                 windows, slots[asked], start[asked], self.num_steps, num_tokens
             )

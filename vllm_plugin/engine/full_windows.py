@@ -22,8 +22,8 @@ from vllm_unmask.decoding.drafting import Candidates
 from vllm_unmask.engine.attention import RowPlan
 from vllm_unmask.engine.full_scheduler import NEVER, CanvasPlan
 from vllm_unmask.engine.rows import DenoisingRows
-from vllm_unmask.engine.speculation import Drafts, Speculating
-from vllm_unmask.engine.windows import WindowMetadata, Windows
+from vllm_unmask.engine.speculation import Drafts
+from vllm_unmask.engine.windows import Speculating, WindowMetadata, Windows
 
 Array = np.ndarray[Any, Any]
 

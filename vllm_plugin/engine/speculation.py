@@ -10,7 +10,7 @@ parameters and the grammar are, as far as a row's logits do not depend on the ba
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +24,8 @@ from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.denoising import Stepped, Stepper
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.states import BlockGeometry
-from vllm_unmask.engine.windows import Windows
+from vllm_unmask.engine.windows import Speculating, Windows
 from vllm_unmask.options import DecodingOptions
-
-
-class Speculating(NamedTuple):
-    """The denoising requests of a step that speculate."""
-
-    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of the denoising requests
-    windows: Windows
-    width: int  # windows of each that have logits
-    # int64 [requests], steps that may be carried out on windows; None for all.
-    most: torch.Tensor | None = None
-    # bool [requests], whose windows have the row before their block; None for nobody's.
-    whole: torch.Tensor | None = None
 
 
 class Drafts:
