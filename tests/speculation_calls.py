@@ -126,12 +126,16 @@ def generate_planned(
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """Tokens of each prompt, and what each step was.
 
-    Every step: ``rows`` of all requests, ``windows`` of all of them, ``pages`` held.
+    Every step: ``rows`` of all requests, ``windows`` of all of them, ``spare`` pages
+    of a request, more than its canvas has, at most.
     """
     sched = engine_calls.scheduler(llm)
     schedule = sched.schedule
-    pool = sched.kv_cache_manager.block_pool
     steps: list[dict[str, Any]] = []
+
+    def spare(req_id: str) -> int:
+        (pages,) = sched.kv_cache_manager.get_block_ids(req_id)
+        return len(pages) - -(-sched.plans[req_id].end // sched.block_size)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
@@ -141,7 +145,7 @@ def generate_planned(
                 {
                     "rows": sum(output.num_scheduled_tokens.values()),
                     "windows": sum(max(len(of) - 4, 0) for of in drafts),
-                    "pages": pool.num_gpu_blocks - pool.get_num_free_blocks(),
+                    "spare": max(map(spare, output.num_scheduled_tokens)),
                 }
             )
         return output

@@ -49,7 +49,7 @@ STRATEGIES = {"DreamModel": "fast_dllm", "WeDLMForCausalLM": "wedlm"}
 # Option -> value, and what the refusal says besides the option's name.
 WRONG: dict[str, dict[str, tuple[Any, str]]] = {
     "DreamModel": {
-        "unmask_strategy": ("threshold+freedave", "a strategy without freedave"),
+        "unmask_strategy": ("threshold+s2d2", "a strategy without s2d2"),
         "unmask_cache": ("all", "one of none, prefix, dual"),
         "unmask_window": (-1, "an integer, at least 0"),
         "unmask_refresh": (2, "only beside a model with full attention"),
