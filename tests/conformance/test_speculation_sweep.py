@@ -51,8 +51,7 @@ def test_random_models(config: Any, block: int, tmp_path: Path) -> None:
     assert any(one["speculative"] < one["careful"] for one in compared)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("block", [1, 4, 32])
+@pytest.mark.parametrize(("block", "adaptive"), [(1, False), (4, True), (32, False)])
 @pytest.mark.parametrize("config", [llada_config, llada_moe_config, dream_config])
 def test_random_models_with_full_attention(
     config: Any, block: int, adaptive: bool, tmp_path: Path
@@ -81,10 +80,10 @@ def test_random_models_with_full_attention(
         additional_config={"unmask": {"adaptive_candidates": adaptive}},
     ) as engine:
         compared = engine.run(
-            calls.compare_random_models, NUM_MODELS // 10, prompts(4), asked
+            calls.compare_random_models, NUM_MODELS // 25, prompts(4), asked
         )
     for one in compared:
         assert one["same"], one
         assert one["speculative"] <= one["careful"], one
-    # With blocks of one position a step has one outcome, and may be followed at once.
-    assert any(one["speculative"] < one["careful"] for one in compared) or adaptive
+    # A block that is complete ahead of time still waits for a forward of its own.
+    assert block == 1 or any(one["speculative"] < one["careful"] for one in compared)
