@@ -36,9 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(
-    scope="module", params=["LLaDAModelLM", "LLaDAMoEModelLM", "DreamModel"]
-)
+@pytest.fixture(scope="module", params=["LLaDAModelLM", "DreamModel"])
 def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineProcess]:
