@@ -110,3 +110,49 @@ def chat_counting_forwards(
     finally:
         del sched.schedule
     return tokens, forwards
+
+
+def generate_preempted(
+    llm: Any, prompts: list[list[int]], params: list[dict[str, Any]], every: int
+) -> tuple[list[list[int]], int]:
+    """Tokens of each prompt, and how often a request was preempted meanwhile."""
+    with engine_calls.preempting(llm, every) as preempted:
+        outputs = engine_calls.generate(llm, prompts, params)
+    return [one["tokens"] for one in outputs], len(preempted)
+
+
+def generate_planned(
+    llm: Any, prompts: list[list[int]], params: list[dict[str, Any]]
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Tokens of each prompt, and what each step was.
+
+    Every step: ``rows`` of all requests, ``windows`` of all of them, ``spare`` pages
+    of a request, more than its canvas has, at most.
+    """
+    sched = engine_calls.scheduler(llm)
+    schedule = sched.schedule
+    steps: list[dict[str, Any]] = []
+
+    def spare(req_id: str) -> int:
+        (pages,) = sched.kv_cache_manager.get_block_ids(req_id)
+        return len(pages) - -(-sched.plans[req_id].end // sched.block_size)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        drafts = output.scheduled_spec_decode_tokens.values()
+        if output.num_scheduled_tokens:
+            steps.append(
+                {
+                    "rows": sum(output.num_scheduled_tokens.values()),
+                    "windows": sum(max(len(of) - 4, 0) for of in drafts),
+                    "spare": max(map(spare, output.num_scheduled_tokens)),
+                }
+            )
+        return output
+
+    sched.schedule = noting
+    try:
+        outputs = engine_calls.generate(llm, prompts, params)
+    finally:
+        del sched.schedule
+    return [one["tokens"] for one in outputs], steps

@@ -19,9 +19,17 @@ _CACHES = {
     "causal": (),
 }
 # Fillers that need a cache which no later token changes.
-_OF_FINAL_CACHE = ("lookahead", "freedave", "s2d2")
+_OF_FINAL_CACHE = ("lookahead", "s2d2")
 # Fillers that fill, mask again or look at what a block's open part is followed by.
-_BEYOND_A_PART = ("prophet", "sched", "edit", "remdm", "rcr", *_OF_FINAL_CACHE)
+_BEYOND_A_PART = (
+    "prophet",
+    "sched",
+    "edit",
+    "remdm",
+    "rcr",
+    "freedave",
+    *_OF_FINAL_CACHE,
+)
 # Fillers that remember a block, need its grid, or ask for more rows than a window has.
 _OF_BLOCKS = (
     "klass",
@@ -37,6 +45,7 @@ _OF_BLOCKS = (
     "edit",
     "remdm",
     "rcr",
+    "freedave",
     *_OF_FINAL_CACHE,
 )
 

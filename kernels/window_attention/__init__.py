@@ -35,13 +35,15 @@ def window_attention(
     max_window: int,
     scale: float,
     out: torch.Tensor | None = None,
+    holes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of every row to its request's prefix and to its masked window.
 
-    Row ``i`` of request ``r`` sees positions ``[0, prefix_lens[r])`` of the cache and
-    the live rows ``j`` of ``r`` that `mask` allows, whose keys and values are not read
-    from the cache. A row that sees nothing gives 0. Query head ``h`` reads KV head
-    ``h // (heads // kv_heads)``. Positions are the caller's: rotate before.
+    Row ``i`` of request ``r`` sees positions ``[0, prefix_lens[r])`` of the cache, or
+    as many around a hole, and the live rows ``j`` of ``r`` that `mask` allows, whose
+    keys and values are not read from the cache. A row that sees nothing gives 0. Query
+    head ``h`` reads KV head ``h // (heads // kv_heads)``. Positions are the caller's:
+    rotate before.
 
     Args:
         query: float16, bfloat16 or float32 [rows, heads, dim]; the last dimension is
@@ -49,20 +51,25 @@ def window_attention(
         key: [rows, kv_heads, dim], of the type of `query`; finite.
         value: like `key`.
         key_cache: [pages, page, kv_heads, dim], of the type of `query`, any strides.
-            Only the prefixes are read: anything may be in the other slots.
+            Only what is seen is read: anything may be in the other slots.
         value_cache: like `key_cache`.
         block_table: int32 [requests, max pages], contiguous; the page of position
-            ``p`` is entry ``p // page``. Entries past a prefix are not read.
+            ``p`` is entry ``p // page``. Entries past what is seen are not read.
         prefix_lens: int32 [requests], in tokens. A request with a negative one is
             skipped: its rows of `out` stay as they are.
         cu_rows: int32 [requests + 1], not falling; the rows of request ``r`` are
             ``cu_rows[r]`` to ``cu_rows[r + 1]``. Other rows of `out` stay as they are.
-        mask: int32 [rows, at least ceil(max_window / 32)], contiguous: row ``i`` sees
-            live row ``j`` of its request if bit ``j % 32`` of word ``j // 32`` of
-            ``mask[i]`` is 1 (`masks.pack_masks`). Bits past a window are ignored.
+        mask: int32 [rows, at least ceil(max_window / 32)], the last dimension
+            contiguous; rows may share their memory. Row ``i`` sees live row ``j`` of
+            its request if bit ``j % 32`` of word ``j // 32`` of ``mask[i]`` is 1
+            (`masks.pack_masks`). Bits past a window are ignored.
         max_window: no request that is not skipped has more rows.
         scale: factor of the scores before the softmax, mostly ``dim ** -0.5``.
         out: like `query`; a new tensor if None.
+        holes: int32 [requests, 2], contiguous: where a stretch of the cache begins that
+            is not seen, and its length. Of request ``r`` ``prefix_lens[r]`` positions
+            are seen without it, those that would lie in it and past it so much further
+            on. None: the prefixes are whole.
 
     Returns:
         `out`. Scores and sums are float32 whatever the type of `query`.
@@ -87,6 +94,7 @@ def window_attention(
         max_window,
         scale,
         out,
+        holes,
     )
     if query.device.type == "cpu":
         from vllm_unmask.kernels.window_attention import cpu

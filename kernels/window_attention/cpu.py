@@ -21,11 +21,13 @@ def window_attention(
     max_window: int,
     scale: float,
     out: torch.Tensor,
+    holes: torch.Tensor | None = None,
 ) -> None:
     """Documented in the package."""
     kv_heads, dim = key.shape[1:]
     group = query.shape[1] // kv_heads
     bounds, prefixes = cu_rows.tolist(), prefix_lens.tolist()
+    unseen = [(0, 0)] * len(prefixes) if holes is None else holes.tolist()
     hidden = ~unpack_mask(mask, max_window)
     # For all keys and values in turn: touching fresh memory costs as much as the copy.
     longest = max([0, *prefixes]) + max_window
@@ -35,17 +37,21 @@ def window_attention(
         width = rows.stop - rows.start
         if prefix < 0 or not width:
             continue
-        pages = block_table[request, : -(-prefix // key_cache.shape[1])].tolist()
+        first, length = unseen[request]
+        first = min(first, prefix)
+        seen = [(0, first), (first + length, prefix + length)]
+        end = prefix + length if first < prefix else prefix
+        pages = block_table[request, : -(-end // key_cache.shape[1])].tolist()
         # One product for all the query heads that share a KV head.
         pairs = query[rows].view(width, kv_heads, group, dim).permute(1, 2, 0, 3)
         pairs = pairs.reshape(kv_heads, group * width, dim).float()
-        keys = _gather(scratch, key_cache, pages, prefix, key[rows])
+        keys = _gather(scratch, key_cache, pages, seen, key[rows])
         scores = torch.bmm(pairs, keys.permute(1, 2, 0)).mul_(scale)
         blind = hidden[rows, :width]
         window = scores.view(kv_heads, group, width, -1)[..., prefix:]
         window.masked_fill_(blind, -torch.inf)
         torch.softmax(scores, -1, out=scores)
-        values = _gather(scratch, value_cache, pages, prefix, value[rows])
+        values = _gather(scratch, value_cache, pages, seen, value[rows])
         mixed = torch.bmm(scores, values.transpose(0, 1))
         mixed = mixed.view(kv_heads, group, width, dim)
         if not prefix:
@@ -57,20 +63,34 @@ def _gather(
     scratch: torch.Tensor,
     cache: torch.Tensor,
     pages: list[int],
-    prefix: int,
+    seen: list[tuple[int, int]],
     live: torch.Tensor,
 ) -> torch.Tensor:
     """The prefix, then the live rows: float32 [prefix + rows, kv_heads, dim].
 
     In the memory order of a page, whatever it is, so that whole runs are copied.
+
+    Args:
+        scratch: float32, memory for it.
+        cache: [pages, page, kv_heads, dim].
+        pages: of the request.
+        seen: first positions of stretches of the cache, and those behind their ends.
+        live: [rows, kv_heads, dim].
     """
+    prefix = sum(end - first for first, end in seen)
     shape = (prefix + len(live), *live.shape[1:])
     order = sorted(range(3), key=lambda axis: -cache.stride(axis + 1))
     gathered = scratch[: math.prod(shape)].view([shape[axis] for axis in order])
     gathered = gathered.permute([order.index(axis) for axis in range(3)])
     page = cache.shape[1]
-    for start, number in zip(range(0, prefix, page), pages, strict=True):
-        end = min(start + page, prefix)
-        gathered[start:end] = cache[number, : end - start]
+    place = 0
+    for first, end in seen:
+        while first < end:
+            offset = first % page
+            width = min(page - offset, end - first)
+            run = cache[pages[first // page], offset : offset + width]
+            gathered[place : place + width] = run
+            place += width
+            first += width
     gathered[prefix:] = live
     return gathered

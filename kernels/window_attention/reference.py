@@ -19,6 +19,7 @@ def window_attention(
     max_window: int,
     scale: float,
     out: torch.Tensor,
+    holes: torch.Tensor | None = None,
 ) -> None:
     """Documented in the package."""
     page = key_cache.shape[1]
@@ -29,6 +30,9 @@ def window_attention(
             continue
         rows = slice(bounds[request], bounds[request + 1])
         position = torch.arange(prefix, device=query.device)
+        if holes is not None:
+            first, length = holes[request].tolist()
+            position = torch.where(position >= first, position + length, position)
         slots = block_table[request, position // page].long(), position % page
         keys = torch.cat((key_cache[slots], key[rows])).float()
         values = torch.cat((value_cache[slots], value[rows])).float()

@@ -72,6 +72,7 @@ def window_attention_kernel(
     prefix_lens: tl.tensor,
     cu_rows: tl.tensor,
     mask: tl.tensor,
+    holes: tl.tensor,
     scale: tl.tensor,
     table_stride: tl.tensor,
     words: tl.tensor,
@@ -99,12 +100,14 @@ def window_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     WORD_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_HOLES: tl.constexpr,
 ) -> None:
     """Rows of one request and one group of heads: grid (requests, kv_heads, tiles).
 
     A tile has BLOCK_ROWS pairs of a row and a head of the group, all of which read the
     same keys. Tensors and strides as in `window_attention`, `mask` and `block_table`
     with a last stride of 1, like the last dimension of query, key, value and out.
+    `holes` is read if HAS_HOLES.
     """
     request = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -137,6 +140,10 @@ def window_attention_kernel(
     for start in range(0, prefix, BLOCK_KEYS):
         position = start + tl.arange(0, BLOCK_KEYS)
         has_key = position < prefix
+        if HAS_HOLES:
+            hole = tl.load(holes + request * 2)
+            length = tl.load(holes + request * 2 + 1)
+            position = tl.where(position >= hole, position + length, position)
         page = tl.load(table + position // PAGE, mask=has_key, other=0).to(tl.int64)
         slot = position % PAGE
         keys = tl.load(
@@ -237,7 +244,9 @@ def tiling(pairs: int, dim: int, element_size: int) -> Tiling:
     return Tiling(rows, keys, block_dim, 8 if rows == 64 else 4, num_stages=2)
 
 
-def constants(tile: Tiling, group: int, page: int, dim: int) -> dict[str, Any]:
+def constants(
+    tile: Tiling, group: int, page: int, dim: int, holes: bool
+) -> dict[str, Any]:
     """Constexpr arguments of `window_attention_kernel`."""
     return {
         "GROUP": group,
@@ -248,6 +257,7 @@ def constants(tile: Tiling, group: int, page: int, dim: int) -> dict[str, Any]:
         "BLOCK_KEYS": tile.keys,
         "WORD_KEYS": WORD_KEYS,
         "PRECISION": "ieee",
+        "HAS_HOLES": holes,
     }
 
 
@@ -264,6 +274,7 @@ def window_attention(
     max_window: int,
     scale: float,
     out: torch.Tensor,
+    holes: torch.Tensor | None = None,
 ) -> None:
     """Documented in the package."""
     kv_heads, dim = key.shape[1:]
@@ -283,6 +294,8 @@ def window_attention(
         prefix_lens,
         cu_rows,
         mask,
+        # Without holes nothing is read of it.
+        prefix_lens if holes is None else holes,
         # exp(x) is exp2(x * log2(e)).
         scale * 1.4426950408889634,
         block_table.stride(0),
@@ -293,7 +306,7 @@ def window_attention(
         *value.stride()[:2],
         *key_cache.stride(),
         *value_cache.stride(),
-        **constants(tile, group, key_cache.shape[1], dim),
+        **constants(tile, group, key_cache.shape[1], dim, holes is not None),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -184,8 +184,8 @@ def test_structured_output_is_valid(architecture: str, tmp_path: Path) -> None:
     family = next(f for f in FAMILIES if f.architecture == architecture)
     careful = ("static", "threshold")
     # What needs a final cache, or remembers a block.
-    speculates = family.attention == "block_causal"
-    others = ("s2d2", "credit+sub_blocks") if speculates else ()
+    others = ("s2d2", "credit+sub_blocks") if family.attention == "block_causal" else ()
+    speculates = family.attention != "causal"
     asked = [
         {
             "structured_outputs": {"json": SCHEMA},

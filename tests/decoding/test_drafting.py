@@ -67,7 +67,9 @@ def searched(
             break
         parent = max(chances, key=lambda child: chances[child][0])
         reached, taken = chances.pop(parent)
-        chosen.append(parent)
+        # Nothing is read of a complete block, unless the next one follows it.
+        if opens or parent != frozenset(places):
+            chosen.append(parent)
     return chosen
 
 

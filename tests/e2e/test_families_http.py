@@ -46,10 +46,11 @@ SCHEMA = {
     "additionalProperties": False,
 }
 STRATEGIES = {"DreamModel": "fast_dllm", "WeDLMForCausalLM": "wedlm"}
+ACCEPTED = "vllm:unmask_speculation_accepted_total"
 # Option -> value, and what the refusal says besides the option's name.
 WRONG: dict[str, dict[str, tuple[Any, str]]] = {
     "DreamModel": {
-        "unmask_strategy": ("threshold+freedave", "a strategy without freedave"),
+        "unmask_strategy": ("threshold+s2d2", "a strategy without s2d2"),
         "unmask_cache": ("all", "one of none, prefix, dual"),
         "unmask_window": (-1, "an integer, at least 0"),
         "unmask_refresh": (2, "only beside a model with full attention"),
@@ -82,12 +83,13 @@ def served(
     weights = write_checkpoint(path, config)
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(MODEL / file, path)
-    options = {"unmask": {"strategy": STRATEGIES[request.param]}}
+    options: dict[str, Any] = {"strategy": STRATEGIES[request.param]}
+    options["adaptive_candidates"] = False
     with Server(
         path,
         *("--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"),
         *("--kv-cache-memory-bytes", str(64 << 20)),
-        *("--additional-config", json.dumps(options)),
+        *("--additional-config", json.dumps({"unmask": options})),
         log=path / "server.log",
     ) as server:
         yield Served(request.param, server, config, weights)
@@ -110,6 +112,28 @@ def test_completion_and_steps_are_those_of_the_reference(served: Served) -> None
     assert choice.token_ids == expected
     assert choice.finish_reason == "length"
     eventually(lambda: server.metric(STEPS) - before, forwards)
+
+
+def test_speculation_takes_fewer_forwards(served: Served) -> None:
+    if served.architecture == "WeDLMForCausalLM":
+        pytest.skip("refused")
+    server = served.server
+    accepted = server.metric(ACCEPTED)
+    answers = []
+    for strategy in ("static", "static+freedave"):
+        before = server.metric(STEPS) + server.metric(ACCEPTED)
+        asked = {"unmask_strategy": strategy, "unmask_cache": "dual"}
+        choice = complete(server, PROMPT, max_tokens=MAX_TOKENS, vllm_xargs=asked)
+        answers.append(choice.token_ids)
+        # Every step has its forward, or was carried out beside another one.
+        eventually(
+            lambda before=before: (
+                server.metric(STEPS) + server.metric(ACCEPTED) - before
+            ),
+            -(-MAX_TOKENS // BLOCK) * BLOCK,
+        )
+    assert answers[0] == answers[1]
+    assert server.metric(ACCEPTED) > accepted
 
 
 def test_default_strategy_takes_fewer_steps(served: Served) -> None:

@@ -201,7 +201,7 @@ def test_seeds_of_later_blocks_are_seen_from_the_start(served: Served) -> None:
     ("extra", "said"),
     [
         ({"unmask_strategy": "lookahead"}, "every position sees every other one"),
-        ({"unmask_strategy": "freedave"}, "expected a strategy without freedave"),
+        ({"unmask_strategy": "freedave", "unmask_candidates": 33}, "an integer from 1"),
         ({"unmask_strategy": "threshold+s2d2"}, "expected a strategy without s2d2"),
         ({"unmask_refresh": 2}, "expected it only beside a model with full attention"),
         ({"unmask_cache": "all"}, "expected one of none, prefix, dual"),

@@ -12,7 +12,7 @@ import speculation_calls as calls
 import strategy_calls
 import structured_calls
 import torch
-from checkpoints import sdar_config, write_checkpoint
+from checkpoints import MASK, sdar_config, write_checkpoint
 from e2e.test_strategies import BLOCK, STRATEGIES, extra, prompts
 from e2e.test_structured import DEMO, PROMPTS, SCHEMA
 from engine_process import EngineProcess
@@ -121,7 +121,10 @@ def test_every_strategy_decodes_the_same(
         {"allowed_token_ids": [3, 4, 5, 6, 7]},
         {"logit_bias": {5: 3.0}, "min_tokens": 5, "ignore_eos": False},
         {"stop_token_ids": [3, 4, 5], "ignore_eos": False, "temperature": 1.0},
-        {"extra_args": {"diffusion_seed_canvas": list(range(9, 40))}},
+        {
+            "extra_args": {"diffusion_seed_canvas": [*([MASK] * 5 + [7, 8, 9]) * 4]},
+            "temperature": 1.0,
+        },
         {"max_tokens": 90},
     ],
     ids=lambda options: next(iter(options)),

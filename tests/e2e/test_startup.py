@@ -201,13 +201,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ours(strategy="fast_dllm_v2", cache="sub_block", layout="uniform"),
         ["cache='sub_block' is not possible with layout=uniform", "auto or exact"],
     ),
-    "speculation with full attention": (
-        ours(strategy="freedave") | {"model": "full"},
-        ["strategy='freedave'", "every position sees every other one"],
+    "verification with full attention": (
+        ours(strategy="s2d2") | {"model": "full"},
+        ["strategy='s2d2'", "every position sees every other one"],
     ),
-    "candidates with full attention": (
-        ours(max_candidates=4) | {"model": "full"},
-        ["max_candidates=4 is not possible", "expected 1"],
+    "more candidates than the server's with full attention": (
+        ours(strategy="freedave", candidates=5, max_candidates=4) | {"model": "full"},
+        ["candidates=5", "an integer from 1 to 4, the server's max_candidates"],
     ),
     "layout with full attention": (
         ours(layout="uniform") | {"model": "full"},
@@ -243,6 +243,8 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "block length 24": ours(block_length=24),
     "cache of sub-blocks": ours(strategy="fast_dllm_v2", cache="sub_block"),
     "full attention": ours(cache="dual", refresh=8, window=0) | {"model": "full"},
+    "speculation with full attention": ours(strategy="freedave", max_candidates=4)
+    | {"model": "full"},
     "context of full attention": {
         "model": "full",
         "max_model_len": None,

@@ -12,8 +12,7 @@ import vllm.v1.worker.cpu.shm  # noqa: F401
 
 from vllm_unmask.decoding.drafting import Candidates
 from vllm_unmask.engine.carry import Carry
-from vllm_unmask.engine.speculation import Speculating
-from vllm_unmask.engine.windows import Windows
+from vllm_unmask.engine.windows import Speculating, Windows
 
 CPU = torch.device("cpu")
 L = 4

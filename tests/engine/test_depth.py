@@ -153,6 +153,13 @@ def test_nobody_has_to_make_room() -> None:
     assert windows.of("a") == 3
 
 
+def test_windows_without_pages_take_none() -> None:
+    windows = WindowPlan(3, 8, None, False, 2)
+    windows.add("a", DecodingOptions(strategy="freedave"))
+    windows.next_step(3, -5)
+    assert windows.of("a") == 3
+
+
 def test_adaptive_plan_never_exceeds_what_was_asked() -> None:
     windows = plan(adaptive=True)
     seen = set()

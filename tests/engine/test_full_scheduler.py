@@ -50,6 +50,29 @@ def test_windows_are_whole_blocks(window: int, end: int) -> None:
     assert plan(window=window).query(12, 1) == (12, end)
 
 
+@pytest.mark.parametrize(
+    ("period", "repeating"), [(1, [0, 1, 2, 3]), (3, [1]), (2, []), (NEVER, [1, 2, 3])]
+)
+def test_steps_after_which_the_next_forwards_the_same(
+    period: int, repeating: list[int]
+) -> None:
+    of = plan(period=period)
+    assert [step for step in range(4) if of.repeats(step)] == repeating
+    for step in repeating:
+        assert of.query(12, step) == of.query(12, step + 1)
+
+
+@pytest.mark.parametrize(
+    ("window", "settled"), [(0, 0), (4, 36), (5, 32), (40, 0), (100, 0)]
+)
+def test_canvases_that_end_where_the_next_block_s_do(window: int, settled: int) -> None:
+    of = plan(window=window, period=1)
+    assert max(of.settled, 0) == settled
+    for start in range(0, 36, 4):
+        same = of.query(start, 0) == of.query(start + 4, 0)
+        assert same == (start >= of.settled)
+
+
 def test_last_block_may_be_short() -> None:
     short = plan(dual=True)._replace(end=38)
     assert short.query(36, 0) == (0, 38)

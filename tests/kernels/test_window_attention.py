@@ -141,6 +141,59 @@ def check(case: Case, run: Callable[..., Any] = window_attention) -> torch.Tenso
     return ours
 
 
+def check_holes(
+    layout: str,
+    page: int,
+    run: Callable[..., Any] = window_attention,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A cache with holes, which are poison, gives what it gives without them."""
+    prefixes = [0, 5, 40, -1, 64, 17, 50, 33]
+    holes = torch.tensor(
+        [[0, 9], [2, 1], [40, 7], [3, 3], [32, 32], [1, 70], [0, 5], [32, 0]]
+    ).int()
+    windows = random_masks([3, 8, 1, 9, 33, 5, 20, 4])
+    packed = make_case(prefixes, windows, page=page, layout=layout, dtype=dtype)
+    expected = check(packed)
+    counts = [-(-(prefix + 70) // page) for prefix in prefixes]
+    table = torch.full((len(prefixes), max(counts)), 2**30, dtype=torch.int32)
+    caches = empty_caches(layout, sum(counts), page, 2, 16, dtype)
+    pages = torch.arange(sum(counts)).flip(0).int().split(counts)
+    for i, prefix in enumerate(prefixes):
+        first, length = holes[i].tolist()
+        table[i, : counts[i]] = pages[i]
+        for p in range(prefix):
+            q = p + length if p >= first else p
+            place = packed.block_table[i, p // page], p % page
+            for old, new in zip(packed[3:5], caches, strict=True):
+                new[table[i, q // page], q % page] = old[place]
+        # Entries past what is seen are not read.
+        end = max(prefix, 0) + length * (first < prefix)
+        table[i, -(-end // page) :] = 2**30
+    case = packed._replace(
+        key_cache=caches[0], value_cache=caches[1], block_table=table
+    )
+    ours = torch.full_like(expected, NAN)
+    run(*case, ours, holes)
+    torch.testing.assert_close(ours, expected, equal_nan=True, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("run", [window_attention, reference.window_attention])
+@pytest.mark.parametrize("page", [1, 16, 48])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_holes(layout: str, page: int, run: Callable[..., Any]) -> None:
+    check_holes(layout, page, run)
+
+
+@pytest.mark.parametrize("run", [window_attention, reference.window_attention])
+def test_rows_of_the_mask_may_share_their_memory(run: Callable[..., Any]) -> None:
+    case = make_case([0, 19], [torch.ones(n, n).bool() for n in (40, 3)])
+    shared = torch.full((2,), -1, dtype=torch.int32).expand(len(case.mask), 2)
+    ours = torch.full_like(case.query, NAN)
+    run(*case._replace(mask=shared), ours)
+    torch.testing.assert_close(ours, check(case), equal_nan=True)
+
+
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_definition_is_the_plain_loop(group: int) -> None:
     windows = random_masks([3, 5])
@@ -329,6 +382,10 @@ def interpret_triton() -> None:
                 seed=i,
             )
             check(case, triton.window_attention)
+    for page in (1, 16, 48):
+        check_holes("flash", page, triton.window_attention)
+    check_holes("nhd", 16, triton.window_attention, torch.bfloat16)
+    test_rows_of_the_mask_may_share_their_memory(triton.window_attention)
     nothing = make_case([0, 3], [torch.zeros(2, 2, dtype=torch.bool)] * 2)
     assert not check(nothing, triton.window_attention)[2:4].any()
     for layout in LAYOUTS:

@@ -29,7 +29,7 @@ VARIANTS = (
     ("fp32", 4, 256, 16),
 )
 TENSORS = "out query key value key_cache value_cache".split()
-INDICES = "block_table prefix_lens cu_rows mask".split()
+INDICES = "block_table prefix_lens cu_rows mask holes".split()
 
 
 def compiled(
@@ -70,18 +70,20 @@ def measure() -> dict[str, Any]:
     table: dict[str, Any] = {"triton": triton.__version__}
     for element, size, dim, pairs in VARIANTS:
         tile = attention.tiling(pairs, dim, size)
-        constants = attention.constants(tile, group=4, page=16, dim=dim) | strides
-        table[f"window_attention {element} dim {dim} pairs {pairs}"] = {
-            target: compiled(
-                attention.window_attention_kernel,
-                constants,
-                element,
-                target,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
-            for target in SHARED
-        }
+        for holes in (False, True):
+            constants = attention.constants(tile, 4, 16, dim, holes) | strides
+            behind = ", holes" if holes else ""
+            table[f"window_attention {element} dim {dim} pairs {pairs}{behind}"] = {
+                target: compiled(
+                    attention.window_attention_kernel,
+                    constants,
+                    element,
+                    target,
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                )
+                for target in SHARED
+            }
     constants = {"PAGE": 16, "DIM": 80, "BLOCK_DIM": 128, **strides}
     table["write_kept bf16 dim 80"] = {
         target: compiled(
@@ -100,7 +102,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_target_has_room(measured: dict[str, Any]) -> None:
-    assert_room(measured, len(VARIANTS) + 1, STACK)
+    assert_room(measured, 2 * len(VARIANTS) + 1, STACK)
 
 
 def told(code: str) -> list[str]:
@@ -118,7 +120,9 @@ def test_no_number_of_a_batch_is_compiled_in() -> None:
         "    if p.is_constexpr or p.do_not_specialize: print(p.name)"
     )
     assert fixed[:2] == ["table_stride", "words"]
-    sizes = "GROUP PAGE DIM BLOCK_DIM BLOCK_ROWS BLOCK_KEYS WORD_KEYS PRECISION"
+    sizes = (
+        "GROUP PAGE DIM BLOCK_DIM BLOCK_ROWS BLOCK_KEYS WORD_KEYS PRECISION HAS_HOLES"
+    )
     assert fixed[2:] == sizes.split()
     assert told("print(len({tiling(n, 128, 2) for n in range(1, 600)}))") == ["3"]
 

@@ -109,7 +109,8 @@ def draft(
         counts: int64 [requests, steps], positions that each of the next steps unmasks;
             0 where the rule has no schedule.
         limit: int64 [requests], candidates at most, ``depth`` or less.
-        may_open: bool [requests], whether the next block may be a candidate.
+        may_open: bool [requests], whether the next block may be a candidate; if not, a
+            complete block is none either, as nothing of it is read.
         mask_id: the mask token, of which the next block is made.
         depth: candidates that there is room for.
     """
@@ -273,6 +274,8 @@ def likely_sets(
             waiting -= 1
             bits[best], value[best] = bits[waiting], value[waiting]
             steps[best] = steps[waiting]
+            if parent == whole and not may_open[r]:
+                continue
             done[told[0, r]] = parent
             if parent == _OPENING:
                 told[1, r] = told[0, r]

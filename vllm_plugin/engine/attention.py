@@ -8,7 +8,7 @@ attention reads it, so each row sees its block in full and everything before it.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from vllm_unmask.engine.windows import (
     window_metadata,
     window_rows,
 )
+
+if TYPE_CHECKING:
+    from vllm_unmask.engine.full_windows import CanvasWindows
 
 
 class RowPlan(NamedTuple):
@@ -158,6 +161,7 @@ def build_row_metadata(
     kv_cache_config: KVCacheConfig,
     causal: bool,
     beyond: np.ndarray[Any, Any] | None = None,
+    windows: "CanvasWindows | None" = None,
 ) -> dict[str, Any]:
     """Attention metadata of a batch with one row a request, for the backend as it is.
 
@@ -170,6 +174,8 @@ def build_row_metadata(
         causal: whether a query position sees nothing to its right.
         beyond: int64 [requests], positions in the cache behind each query that it
             sees as well; None for none.
+        windows: rows behind queries, which get rows of their own that see next to
+            nothing; None for none.
 
     Returns:
         As `build_block_causal_metadata`.
@@ -179,24 +185,44 @@ def build_row_metadata(
     upper_bound = input_batch.seq_lens_cpu_upper_bound[:num_reqs]
     if beyond is not None:
         seq_lens, upper_bound = _reach(seq_lens, upper_bound, beyond)
-    return build_attn_metadata(
+    bounds = input_batch.query_start_loc_np[: num_reqs + 1]
+    query_start = input_batch.query_start_loc[: num_reqs + 1]
+    tables = block_tables
+    if windows is not None:
+        device = seq_lens.device
+        plan, behind = windows.cut(input_batch)
+        bounds, query_start = (
+            plan.query_start,
+            async_tensor_h2d(plan.query_start, device=device),
+        )
+        request = async_tensor_h2d(plan.request, device=device)
+        seq_lens = seq_lens[request] - async_tensor_h2d(plan.after, device=device)
+        of_window = async_tensor_h2d(behind, device=device)
+        seq_lens = torch.where(of_window, query_start.diff(), seq_lens)
+        upper_bound = upper_bound[torch.from_numpy(plan.request)]
+        tables = tuple(table[request] for table in block_tables)
+    metadata = build_attn_metadata(
         attn_groups=attn_groups,
-        num_reqs=num_reqs,
+        num_reqs=len(bounds) - 1,
         num_tokens=input_batch.num_tokens,
-        query_start_loc_gpu=input_batch.query_start_loc[: num_reqs + 1],
-        query_start_loc_cpu=torch.from_numpy(
-            input_batch.query_start_loc_np[: num_reqs + 1]
-        ),
-        max_query_len=int(input_batch.num_scheduled_tokens.max()),
+        query_start_loc_gpu=query_start,
+        query_start_loc_cpu=torch.from_numpy(bounds),
+        max_query_len=int(np.diff(bounds).max()),
         seq_lens=seq_lens,
         max_seq_len=int(upper_bound.max()),
-        block_tables=block_tables,
+        block_tables=tables,
         slot_mappings=slot_mappings,
         kv_cache_config=kv_cache_config,
         seq_lens_cpu_upper_bound=upper_bound,
         positions=input_batch.positions,
         causal=causal,
     )
+    if windows is not None:
+        (table,) = block_tables
+        of_windows = windows.metadata(table, input_batch.num_tokens)
+        for of_layer in metadata.values():
+            setattr(of_layer, ATTRIBUTE, of_windows)
+    return metadata
 
 
 def _reach(

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 if TYPE_CHECKING:
-    from vllm_unmask.engine.speculation import Speculating
+    from vllm_unmask.engine.windows import Speculating
 
 
 class _Exchange(NamedTuple):
@@ -128,7 +128,8 @@ class Carry:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The first rows of windows: of a candidate the row that its open block has.
 
-        The next block, in a window, follows a complete candidate or the open block.
+        The next block, in a window, follows a complete candidate or the open block. A
+        window that holds a whole canvas has its own.
 
         Args:
             rows: int64 [requests * windows * block], shifted.
@@ -141,12 +142,15 @@ class Carry:
         opens = place == opening.unsqueeze(1)
         before = windows.first_row + (leader + 1) * self.length - 1
         blocks = rows.view(len(opening), width, self.length)
-        first = torch.where(opens, before.unsqueeze(1), blocks[:, :, 0])
-        blocks[:, :, 0] = first
+        own = led = opens
+        if speculating.whole is not None:
+            whole = speculating.whole.unsqueeze(1)
+            own, led = opens | whole, opens & ~whole
+        blocks[:, :, 0] = torch.where(led, before.unsqueeze(1), blocks[:, :, 0])
         target = begin + torch.arange(opens.numel(), device=device) * self.length
         of = async_tensor_h2d(speculating.rows * self.length, device=device)
-        # A next block's row is a copy of itself: no shape depends on the device.
-        source = torch.where(opens, target.view(opens.shape), of.unsqueeze(1))
+        # Its own row is a copy of itself: no shape depends on the device.
+        source = torch.where(own, target.view(opens.shape), of.unsqueeze(1))
         return blocks.view(-1), (target, source.view(-1))
 
     def exchange(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Stepped(NamedTuple):
     logprobs: dict[int, LogprobsTensors]
     scores: Scores  # each tensor [requests, block]
     complete: torch.Tensor  # bool [requests], the block has no mask and is not held
+    num_steps: torch.Tensor  # int64 [requests], how many they are
 
     def then(
         self, rows: np.ndarray[Any, Any], opened: torch.Tensor, later: "Stepped"
@@ -55,6 +56,7 @@ class Stepped(NamedTuple):
             self.logprobs | later.logprobs,
             Scores(*(x.index_copy(0, index, y) for x, y in scores)),
             self.complete.index_copy(0, index, later.complete),
+            self.num_steps.index_add(0, index, later.num_steps),
         )
 
 
@@ -202,8 +204,7 @@ class Stepper:
             hold = strategy.held(hold, done.active, grammar)
             hold = hold if wait is None else hold & ~wait
             width = torch.where(hold, 0, width)
-            if opened is None:
-                following = self._next_blocks(rows, strategy, inputs)
+            following = self._next_blocks(rows, strategy, inputs, opened)
         if closing is not None:
             width = width.where(~closing, whole)
         tokens, num_tokens, complete = self._close(rows, width, done.active, opened)
@@ -233,7 +234,8 @@ class Stepper:
             # error when it meets one.
             tokens[row, 0] = mask_id
             num_tokens[row] = 1
-        return Stepped(tokens, num_tokens, logprobs, scores, complete)
+        once = torch.ones_like(num_tokens)
+        return Stepped(tokens, num_tokens, logprobs, scores, complete, once)
 
     def open_blocks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Open blocks and their masked positions, each [requests, block].
@@ -272,10 +274,17 @@ class Stepper:
         return tokens, num_tokens, complete
 
     def _next_blocks(
-        self, rows: DenoisingRows, strategy: StrategyStep, inputs: StepLogits
+        self,
+        rows: DenoisingRows,
+        strategy: StrategyStep,
+        inputs: StepLogits,
+        opened: torch.Tensor | None,
     ) -> NextBlocks | None:
         """What follows the open blocks where that is more than masks."""
         opens = self.strategies.opens(rows.slots_np)
+        if opened is not None and opens.any():
+            # They stay where the block behind a reported one has its place.
+            opens &= ~opened.cpu().numpy()
         if not opens.any():
             return None
         chosen = np.flatnonzero(opens)

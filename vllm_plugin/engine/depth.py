@@ -207,7 +207,7 @@ class WindowPlan:
     Args:
         most: windows that a request may have.
         block_length: rows of a window.
-        page_size: tokens of a KV page.
+        page_size: tokens of a KV page; None if windows take none.
         adaptive: follow what they bring.
         to_verify: windows of a request that verifies.
     """
@@ -216,13 +216,13 @@ class WindowPlan:
         self,
         most: int,
         block_length: int,
-        page_size: int,
+        page_size: int | None,
         adaptive: bool,
         to_verify: int,
     ) -> None:
         self.to_verify = to_verify
         self.most = most
-        self.pages = 1 + most * block_length // page_size
+        self.pages = 1 + most * block_length // page_size if page_size else 0
         self.depth = Depth(most) if adaptive and most else None
         self.wanted: dict[str, int] = {}  # request id -> windows that it asks for
         # Requests whose output depends on having theirs: those that verify.
@@ -259,7 +259,7 @@ class WindowPlan:
             free_pages: KV pages of nobody, less what requests wait for. A window must
                 make no request wait or leave.
         """
-        affordable = free_pages >= len(self.wanted) * self.pages
+        affordable = not self.pages or free_pages >= len(self.wanted) * self.pages
         self.allowed = self.most if affordable else 0
         self.measured = bool(self.wanted) and affordable and self.depth is not None
         if self.measured and self.depth is not None:

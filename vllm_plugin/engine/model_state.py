@@ -22,7 +22,7 @@ from vllm_unmask.decoding.learned import Filter, load_filter
 from vllm_unmask.engine.answers import Answers
 from vllm_unmask.engine.attention import build_block_causal_metadata, count_final_rows
 from vllm_unmask.engine.carry import Carry
-from vllm_unmask.engine.denoising import Stepper
+from vllm_unmask.engine.denoising import Stepped, Stepper
 from vllm_unmask.engine.grammar import Grammars
 from vllm_unmask.engine.openings import Openings
 from vllm_unmask.engine.rows import DenoisingRows, positions_read, read_ahead
@@ -54,6 +54,7 @@ class BlockDiffusionModelState(ModelState):
     # All output comes from the canvas, which vLLM counts as draft tokens.
     num_new_sampled_tokens_per_step = 0
     stepper_cls: type[Stepper] = Stepper
+    drafts_cls: type[Drafts] = Drafts
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class BlockDiffusionModelState(ModelState):
         self.answers = Answers(self.max_num_reqs, self.geometry, device, delimiters)
         parallel = vllm_config.parallel_config
         self.tracer = Tracer(served["traces"], parallel.rank == 0, *self.geometry)
-        self.drafts = Drafts(
+        self.drafts = self.drafts_cls(
             self.max_num_reqs,
             self.geometry,
             served["server"]["max_candidates"],
@@ -167,25 +168,29 @@ class BlockDiffusionModelState(ModelState):
         )
         if not self.asynchronous:
             self.sub_blocks.add_request(req_index, options)
-        self._admit(req_index, options)
+        self._admit(req_index, options, num_prompt, params.max_tokens)
 
-    def _admit(self, slot: int, options: DecodingOptions) -> None:
+    def _admit(
+        self,
+        slot: int,
+        options: DecodingOptions,
+        num_prompt: int,
+        max_tokens: int | None,
+    ) -> None:
         """Note what the options of a request ask of a kind of attention."""
 
     def num_fixed(self, num_tokens: int, num_prompt: int) -> int:
         """Known tokens that lie in the open block, of a grid from position 0."""
         return num_tokens % self.geometry.block_length
 
-    def num_rolled_back(
-        self, rows: DenoisingRows, complete: torch.Tensor
-    ) -> torch.Tensor:
+    def num_rolled_back(self, rows: DenoisingRows, stepped: Stepped) -> torch.Tensor:
         """Rows of each query that the next one forwards again, or masks at its end.
 
         Args:
             rows: the requests of a step.
-            complete: bool [requests], blocks that the step has completed.
+            stepped: what was done with them.
         """
-        skipped = self.sub_blocks.plan(rows, complete)
+        skipped = self.sub_blocks.plan(rows, stepped.complete)
         return rows.num_open if skipped is None else rows.num_open - skipped
 
     def remove_request(self, req_id: str) -> None:

@@ -9,8 +9,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 if TYPE_CHECKING:
     from vllm_unmask.engine.grammar import GrammarRequest
-    from vllm_unmask.engine.speculation import Speculating
     from vllm_unmask.engine.verification_step import Drafted
+    from vllm_unmask.engine.windows import Speculating
 
 
 class AheadRows(NamedTuple):

@@ -104,7 +104,7 @@ class BlockDiffusionSampler:
             self._count_verified(logits.is_cuda)
             tokens = _place(stepped.tokens, index, tokens)
             num_sampled = _place(stepped.num_tokens, index, num_sampled)
-            rolled_back = self.model_state.num_rolled_back(rows, stepped.complete)
+            rolled_back = self.model_state.num_rolled_back(rows, stepped)
             num_rejected = _place(rolled_back, index, num_rejected)
             tensors = logprobs.concatenate(stepped.logprobs, num_reqs)
         return SamplerOutput(

@@ -70,7 +70,7 @@ class BlockDiffusionScheduler(Scheduler):
         self.windows = WindowPlan(
             served["server"]["max_candidates"] - 1,
             self.block_length,
-            self.block_size,
+            self.block_size if served["attention"] != "full" else None,
             served["server"]["adaptive_candidates"],
             served["verify_windows"],
         )
@@ -145,12 +145,15 @@ class BlockDiffusionScheduler(Scheduler):
             else:
                 self._plan_canvas(request)
         output = super().schedule(throttle_prefills)
-        if num_scheduled := output.num_scheduled_tokens:
-            decoding = (
-                num_scheduled.keys() == output.scheduled_spec_decode_tokens.keys()
-            )
-            self.windows.start(num_running, decoding and not self.rows_behind_prompt)
+        if output.num_scheduled_tokens:
+            self.windows.start(num_running, self._is_usual(output))
         return output
+
+    def _is_usual(self, output: SchedulerOutput) -> bool:
+        """Whether a step is what most are: no prompt in it."""
+        drafts = output.scheduled_spec_decode_tokens
+        decoding = output.num_scheduled_tokens.keys() == drafts.keys()
+        return decoding and not self.rows_behind_prompt
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         self._open_first_blocks(scheduler_output)

@@ -10,7 +10,7 @@ parameters and the grammar are, as far as a row's logits do not depend on the ba
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +24,8 @@ from vllm_unmask.decoding.scoring import Scores
 from vllm_unmask.engine.denoising import Stepped, Stepper
 from vllm_unmask.engine.rows import DenoisingRows, StepLogits
 from vllm_unmask.engine.states import BlockGeometry
-from vllm_unmask.engine.windows import Windows
+from vllm_unmask.engine.windows import Speculating, Windows
 from vllm_unmask.options import DecodingOptions
-
-
-class Speculating(NamedTuple):
-    """The denoising requests of a step that speculate."""
-
-    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of the denoising requests
-    windows: Windows
-    width: int  # windows of each that have logits
 
 
 class Drafts:
@@ -214,11 +206,13 @@ class Drafts:
         index, candidates = speculating.rows, speculating.windows.candidates
         logits = logits.view(len(index), width, length, logits.shape[1])
         candidates = candidates._replace(ids=candidates.ids[:, :width])
+        most = speculating.most
         mine = np.flatnonzero(self.guesses[rows.slots_np[index]])
         if len(mine) < len(index):
             of = async_tensor_h2d(mine, device=self.device)
             candidates = Candidates(*(field[of] for field in candidates))
             index, logits = index[mine], logits[of]
+            most = most if most is None else most[of]
         if not len(mine):
             return stepped
         if stepper.tracer.concern(rows):
@@ -239,6 +233,8 @@ class Drafts:
                 canvas.ids[slots, :length],
                 canvas.pending[slots],
             )
+            if most is not None:
+                found = found.where(stepped.num_steps[where] <= most, -1)
             chosen = np.flatnonzero((found >= 0).cpu().numpy())
             if not len(chosen):
                 break
@@ -284,6 +280,15 @@ class Drafts:
         self._draft(stepper, rows.slots_np[index], slots, scores, known, start)
         return stepped
 
+    def may_open(self, slots: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Whether the next block may be a candidate, bool [requests].
+
+        Args:
+            slots: int64 [requests] -> request slot.
+            start: int64 [requests], absolute position of the open block.
+        """
+        return start + 2 * self.geometry.block_length <= self.max_model_len
+
     def _draft(
         self,
         stepper: Stepper,
@@ -319,8 +324,8 @@ class Drafts:
         limit = async_tensor_h2d(self.limit[slots_np], device=self.device)
         # A bad word may begin in the block before, which is not told yet.
         worded = [slot in stepper.bad_words.words for slot in slots_np.tolist()]
-        fits = start + 2 * length <= self.max_model_len
-        may_open = fits & ~torch.tensor(worded, device=self.device)
+        may_open = self.may_open(slots, start)
+        may_open &= ~torch.tensor(worded, device=self.device)
         # A block that is kept open for edits may still change.
         may_open &= masked.any(dim=1) | self.closing[slots]
         drafts = drafting.draft(

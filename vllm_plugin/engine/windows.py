@@ -50,6 +50,18 @@ class Windows(NamedTuple):
         return rows.clamp(max=num_tokens - 1).view(-1)
 
 
+class Speculating(NamedTuple):
+    """The denoising requests of a step that speculate."""
+
+    rows: np.ndarray[Any, Any]  # int64 [requests] -> row of the denoising requests
+    windows: Windows
+    width: int  # windows of each that have logits
+    # int64 [requests], steps that may be carried out on windows; None for all.
+    most: torch.Tensor | None = None
+    # bool [requests], whose windows have the row before their block; None for nobody's.
+    whole: torch.Tensor | None = None
+
+
 class WindowMetadata(NamedTuple):
     """Arguments of `window_attention` for a batch.
 
@@ -62,6 +74,7 @@ class WindowMetadata(NamedTuple):
     cu_rows: torch.Tensor  # int32 [segments + 1]
     mask: torch.Tensor  # int32 [rows, words]
     max_window: int
+    holes: torch.Tensor | None = None  # int32 [segments, 2]
 
 
 def write_windows(
@@ -225,6 +238,7 @@ def _windowed(impl_cls: Any) -> Any:
                     windows.max_window,
                     self.scale,
                     output.view(query.shape)[:num_rows],
+                    windows.holes,
                 )
             return result
 

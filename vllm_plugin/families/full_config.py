@@ -47,7 +47,7 @@ def prepare_full_attention(
         logger.info("Prefix caching is off: a prompt's KV depends on what follows it.")
         cache.enable_prefix_caching = False
     _fit_context(vllm_config)
-    return replace(options, max_candidates=1, layout="exact")
+    return replace(options, layout="exact")
 
 
 def _refuse_options(options: ServerOptions) -> None:
@@ -58,10 +58,6 @@ def _refuse_options(options: ServerOptions) -> None:
         )
     if options.causal_kv:
         raise refused("causal_kv", True, "false", f"is not possible, {because}")
-    if (options.max_candidates or 1) > 1:
-        raise refused(
-            "max_candidates", options.max_candidates, "1", f"is not possible, {because}"
-        )
 
 
 def _fit_context(vllm_config: VllmConfig) -> None:
