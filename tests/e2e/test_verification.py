@@ -130,6 +130,27 @@ def test_the_trace_says_what_was_verified(
     assert trace.count("accepted") > 0 and trace.count("resampled") > 0
 
 
+def rows(engine: EngineProcess, asked: dict[str, Any]) -> list[int]:
+    """Rows of each denoising step of one request, behind its prompt."""
+    _, records = engine.run(engine_calls.generate_recorded, prompts(1), asked)
+    return [record["rows"] for record in records[1:]]
+
+
+def test_rows_are_forwarded_where_a_draft_waits(
+    engine: EngineProcess, request: pytest.FixtureRequest
+) -> None:
+    """Other steps have those of the plain rule; ahead of time nobody knows."""
+    always = rows(engine, params("s2d2", route="always"))
+    if request.node.callspec.params["engine"]:
+        assert set(always) == {4 * BLOCK}
+        return
+    # Each draft, behind a block that becomes final or not, and its verification.
+    assert set(always[1::2]) == {BLOCK, 2 * BLOCK}
+    assert set(always[::2]) == {3 * BLOCK}
+    plain = rows(engine, params("threshold"))
+    assert rows(engine, params("s2d2", route="never")) == plain
+
+
 def test_never_verified_is_the_strategy(engine: EngineProcess) -> None:
     for rule, temperature in itertools.product(("threshold", "static"), (0.0, 1.0)):
         plain = engine.run(engine_calls.generate, prompts(6), params(rule, temperature))

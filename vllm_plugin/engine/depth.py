@@ -225,7 +225,8 @@ class WindowPlan:
         self.pages = 1 + most * block_length // page_size
         self.depth = Depth(most) if adaptive and most else None
         self.wanted: dict[str, int] = {}  # request id -> windows that it asks for
-        # Requests whose output depends on having theirs: those that verify.
+        # Windows of requests whose output depends on having them: those that verify.
+        # With synchronous scheduling, while a draft waits.
         self.fixed: dict[str, int] = {}
         self.allowed = most
         self.measured = False

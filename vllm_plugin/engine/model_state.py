@@ -264,6 +264,8 @@ class BlockDiffusionModelState(ModelState):
             batch_index, slots_np, slots, width, num_open, start, None, None
         )
         denoising = self.sub_blocks.place(input_batch, req_states, denoising)
+        if not self.asynchronous:
+            self.drafts.reports = req_states.draft_tokens
         logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
         ahead = speculating = None

@@ -81,6 +81,8 @@ class Drafts:
         # bool: complete since a step on a window, reported by the next forward.
         self.closing = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
         self.any_closing = False  # on the host: whether there may be one
+        # vLLM's draft tokens of all slots: by them the scheduler learns who waits.
+        self.reports: torch.Tensor | None = None
 
     def add_request(self, slot: int, options: DecodingOptions) -> None:
         """Take over a slot."""
@@ -177,6 +179,8 @@ class Drafts:
         for kept, new in zip(self.candidates, held, strict=True):
             kept[slots] = new
         self.any_held = True
+        if self.reports is not None:
+            self.reports[slots, 0] = held.count
 
     def take_closing(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Which blocks wait for nothing but their report, bool [requests].

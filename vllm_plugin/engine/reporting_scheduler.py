@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling of requests that forward sub-blocks (`engine.sub_blocks`).
+"""Synchronous scheduling of what the worker reports.
 
-The exception to the rule that queries start on the block grid: theirs may begin and
-end inside the open block. Which sub-block comes next is known to the worker alone, and
-only when a step is done, so nothing may be in flight.
+Two things that the next query of a request needs follow from what its last step has
+done, so the worker alone knows them, and only when that step is over:
+
+* which part of the open block it forwards (`engine.sub_blocks`). Such queries are the
+  exception to the rule that queries start on the block grid;
+* whether a draft waits for its verification (`engine.verification_step`), and so
+  whether the query has windows.
+
+The worker tells in the place where vLLM reports draft tokens, so nothing may be in
+flight.
 """
 
 from typing import Any
@@ -16,21 +23,23 @@ from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
 from vllm_unmask.options import DecodingOptions
 
 
-class SubBlockScheduler(BlockDiffusionScheduler):
-    """Synchronous scheduling, of parts of blocks where the worker asks for them."""
+class ReportingScheduler(BlockDiffusionScheduler):
+    """Synchronous scheduling, of parts and windows where the worker asks for them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Request id -> first column and rows of what its next query has of the open
         # block; None: all of it.
         self.parts: dict[str, tuple[int, int] | None] = {}
-        # Those of them that denoise in this step.
+        # Requests that denoise in this step and whose report the next one needs.
         self.asking: set[str] = set()
 
     def _admit(self, request: Request, options: DecodingOptions) -> None:
         super()._admit(request, options)
         if options.value("cache") == "sub_block":
             self.parts[request.request_id] = None
+        if request.request_id in self.windows.fixed:
+            self.windows.fixed[request.request_id] = 0
 
     def _canvas_length(self, request: Request) -> int:
         part = self.parts.get(request.request_id)
@@ -53,26 +62,33 @@ class SubBlockScheduler(BlockDiffusionScheduler):
     def _open_first_blocks(self, scheduler_output: SchedulerOutput) -> None:
         super()._open_first_blocks(scheduler_output)
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        self.asking = self.parts.keys() & drafts.keys()
-        for req_id in self.asking:
+        partial = self.parts.keys() & drafts.keys()
+        for req_id in partial:
             # vLLM counts drafts from the last token on that it knows, and a part may
             # begin behind that.
             del drafts[req_id][scheduler_output.num_scheduled_tokens[req_id] :]
+        self.asking = partial | (self.windows.fixed.keys() & drafts.keys())
         # By this the worker knows that it has to report draft tokens.
         scheduler_output.has_structured_output_requests |= bool(self.asking)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Take over what the worker asks for."""
+        """Take over what the worker asks for: a part, or windows."""
         reports = zip(
             draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
         )
-        for req_id, (first, rows, *_) in reports:
-            if req_id in self.asking and req_id in self.parts:
-                self.parts[req_id] = first, rows
+        for req_id, report in reports:
+            if req_id not in self.asking:
+                continue
+            if req_id in self.parts:
+                self.parts[req_id] = report[0], report[1]
+            elif req_id in self.windows.fixed:
+                self.windows.fixed[req_id] = report[0]
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if request.request_id in self.parts:
             self.parts[request.request_id] = None
+        if request.request_id in self.windows.fixed:
+            self.windows.fixed[request.request_id] = 0
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
