@@ -11,7 +11,7 @@ import engine_calls
 import pytest
 import speculation_calls
 import strategy_calls
-from checkpoints import sdar_config, write_checkpoint
+from checkpoints import fast_dllm_v2_config, sdar_config, write_checkpoint
 from e2e.test_strategies import BLOCK, extra, prompts
 from engine_process import EngineProcess
 
@@ -105,6 +105,28 @@ def test_block_kv_is_not_autoregressive(checkpoint: Any, greedy: Any) -> None:
             engine_calls.generate, prompts(12), params("s2d2", route="always")
         )
     assert [answer["tokens"] for answer in answers] != greedy
+
+
+def test_shifted_logits_need_one_window(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """With shifted logits a draft scores itself: no room for masks is needed."""
+    path = tmp_path_factory.mktemp("shifted")
+    write_checkpoint(path, fast_dllm_v2_config(BLOCK))
+    tokens = []
+    for options, asked in (
+        ({"causal_kv": True, "max_candidates": 2}, params("s2d2", route="always")),
+        ({"block_length": 1}, params("static")),
+    ):
+        with EngineProcess(
+            model=str(path),
+            max_model_len=96,
+            block_size=32,
+            additional_config={"unmask": options},
+        ) as one:
+            answers = one.run(engine_calls.generate, prompts(6), asked)
+            tokens.append([answer["tokens"] for answer in answers])
+    assert tokens[0] == tokens[1]
 
 
 def test_the_trace_says_what_was_verified(

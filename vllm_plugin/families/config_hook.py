@@ -68,13 +68,15 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         if options.causal_kv:
             _set_backend_for_both_masks(vllm_config)
         require_steps_fit(options.decoding, block_length)
-        require_candidates_fit(options)
-
         hf_config = vllm_config.model_config.hf_config
+        shifted = getattr(hf_config, "shifted", False)
+        # Windows in which a draft is verified: the block as drafted, and, where its
+        # rows do not score what comes after them, masks.
+        to_verify = 1 if shifted else 2
+        require_candidates_fit(options, to_verify)
         hf_config.canvas_length = block_length
         # The HF config object reaches the front-end validator, the scheduler and
         # the worker; plain JSON keeps it printable and hashable for vLLM.
-        shifted = getattr(hf_config, "shifted", False)
         hf_config.unmask_served = {
             "server": server_options_to_dict(options),
             "attention": attention,
@@ -85,9 +87,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "tokenizer": not vllm_config.model_config.skip_tokenizer_init,
             "shifted": shifted,
             "first_alone": getattr(hf_config, "first_alone", False),
-            # Windows in which a draft is verified: the block as drafted, and, where
-            # its rows do not score what comes after them, masks.
-            "verify_windows": 1 if shifted else 2,
+            "verify_windows": to_verify,
             "counters": _kept(vllm_config, "counters", _new_counters),
             "traces": _kept(vllm_config, "traces", _new_traces),
             "filter": _filter(vllm_config, options, block_length),
