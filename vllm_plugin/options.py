@@ -80,6 +80,16 @@ class ServerOptions:
             "server's load; without it as many as requests ask for",
         ),
     )
+    adaptive_verification: bool = option(
+        False,
+        Limits(
+            "bool",
+            "verify drafts (s2d2) while that has been paying, by tokens a second at "
+            "the server's load, and decode by the rule alone while not; an output then "
+            "depends on the load, but not with route=always, which always verifies. "
+            "Schedules synchronously",
+        ),
+    )
     causal_kv: bool = option(
         False,
         Limits(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_unmask.limits import refused
+from vllm_unmask.options import ServerOptions
 from vllm_unmask.request_options import OF_WHOLE_BLOCKS, DecodingOptions
 
 # Options of models with full attention alone.
@@ -156,6 +157,36 @@ def require_parts_scheduled(
         raise refused(
             prefix + "cache", "sub_block", f"none, or a server with {expected}", reason
         )
+
+
+def require_throttle_fit(
+    server: ServerOptions, to_verify: int, attention: str, synchronous: bool
+) -> None:
+    """Check that a server that verifies while it pays can do so.
+
+    Args:
+        server: the server's options, `max_candidates` set.
+        to_verify: canvases besides its own in which a request verifies.
+        attention: the family's.
+        synchronous: whether a step is planned when the one before it is done.
+
+    Raises:
+        OptionError: nothing is verified, or too late to measure it.
+
+    """
+    if not server.adaptive_verification:
+        return
+    allowed = reason = None
+    if attention != "block_causal":
+        allowed, reason = "false", "has no use, as no request of this model verifies"
+    elif (server.max_candidates or 1) <= to_verify:
+        allowed = f"false, or max_candidates of at least {to_verify + 1}"
+        reason = "has no use, as there is no room to verify a draft"
+    elif not synchronous:
+        allowed = "false, or --no-async-scheduling"
+        reason = "is not possible before it is known what the step before has unmasked"
+    if allowed and reason:
+        raise refused("adaptive_verification", True, allowed, reason)
 
 
 def _require_streaming(options: DecodingOptions, prefix: str) -> None:

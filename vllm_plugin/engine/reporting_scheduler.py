@@ -10,16 +10,19 @@ done, so the worker alone knows them, and only when that step is over:
   whether the query has windows.
 
 The worker tells in the place where vLLM reports draft tokens, so nothing may be in
-flight.
+flight. With the server option `adaptive_verification` it is told in turn whether there
+may be drafts (`engine.throttle`).
 """
 
-from typing import Any
+from typing import Any, cast
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_unmask.engine.metrics import Watch
 from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
+from vllm_unmask.engine.throttle import Asked, Throttle
 from vllm_unmask.options import DecodingOptions
 
 
@@ -33,6 +36,12 @@ class ReportingScheduler(BlockDiffusionScheduler):
         self.parts: dict[str, tuple[int, int] | None] = {}
         # Requests that denoise in this step and whose report the next one needs.
         self.asking: set[str] = set()
+        served = self.vllm_config.model_config.hf_config.unmask_served
+        self.throttle: Throttle | None = None
+        if served["server"]["adaptive_verification"]:
+            self.throttle = Throttle()
+        row = self.vllm_config.parallel_config.data_parallel_rank
+        self.unmasked = Watch(served["counters"], row, "speculation_tokens_unmasked")
 
     def _admit(self, request: Request, options: DecodingOptions) -> None:
         super()._admit(request, options)
@@ -40,6 +49,21 @@ class ReportingScheduler(BlockDiffusionScheduler):
             self.parts[request.request_id] = None
         if request.request_id in self.windows.fixed:
             self.windows.fixed[request.request_id] = 0
+            if self.throttle and options.value("route") != "always":
+                self.throttle.requests.add(request.request_id)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        throttle, num_running = self.throttle, len(self.running)
+        if throttle is None:
+            return super().schedule(throttle_prefills)
+        throttle.next_step(num_running)
+        if not throttle.allowed:
+            # What waits is not verified any more.
+            self.windows.fixed |= dict.fromkeys(throttle.requests, 0)
+        output = super().schedule(throttle_prefills)
+        if output.num_scheduled_tokens:
+            throttle.start(num_running, self.usual)
+        return output
 
     def _canvas_length(self, request: Request) -> int:
         part = self.parts.get(request.request_id)
@@ -68,8 +92,19 @@ class ReportingScheduler(BlockDiffusionScheduler):
             # begin behind that.
             del drafts[req_id][scheduler_output.num_scheduled_tokens[req_id] :]
         self.asking = partial | (self.windows.fixed.keys() & drafts.keys())
-        # By this the worker knows that it has to report draft tokens.
-        scheduler_output.has_structured_output_requests |= bool(self.asking)
+        asked = Asked(0)
+        if self.throttle is not None:
+            members = self.throttle.requests & drafts.keys()
+            self.throttle.members = len(members)
+            if self.throttle.allowed:
+                asked |= Asked.DRAFT
+            else:
+                self.asking -= members
+        if self.asking:
+            # vLLM reads a truth value, and hands on what it is given.
+            asked |= Asked.REPORT
+            flag = scheduler_output.has_structured_output_requests | asked
+            scheduler_output.has_structured_output_requests = cast(bool, flag)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take over what the worker asks for: a part, or windows."""
@@ -84,6 +119,15 @@ class ReportingScheduler(BlockDiffusionScheduler):
             elif req_id in self.windows.fixed:
                 self.windows.fixed[req_id] = report[0]
 
+    def update_from_output(
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+    ) -> Any:
+        if self.throttle is not None and scheduler_output.num_scheduled_tokens:
+            self.throttle.finish(self.unmasked.take())
+        return super().update_from_output(scheduler_output, model_runner_output)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         if request.request_id in self.parts:
             self.parts[request.request_id] = None
@@ -93,4 +137,6 @@ class ReportingScheduler(BlockDiffusionScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.parts.pop(request.request_id, None)
+        if self.throttle is not None:
+            self.throttle.requests.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)

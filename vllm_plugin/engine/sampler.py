@@ -26,6 +26,7 @@ VERIFIED = (
     "speculation_tokens_drafted",
     "speculation_tokens_verified",
     "speculation_tokens_corrected",
+    "speculation_tokens_unmasked",
 )
 # What vLLM's runner reads of a sampler that keeps no penalty counts.
 _NO_PENALTIES = SimpleNamespace(output_bin_counts=None)
@@ -117,9 +118,12 @@ class BlockDiffusionSampler:
 
     def _count_verified(self, waits: bool) -> None:
         """Tell the counters; not in every step if that waits for the device."""
-        totals = self.model_state.verifier.totals
+        verifier = self.model_state.verifier
+        totals = verifier.totals
         self.num_steps += 1
-        if self.model_state.verifier.slots and not (waits and self.num_steps % 64):
+        # The scheduler asks in every step for what `Throttle` is about.
+        waits = waits and not verifier.adaptive
+        if verifier.slots and not (waits and self.num_steps % 64):
             for name, count in zip(VERIFIED, totals.tolist(), strict=True):
                 self.stepper.grammars.counters.add(name, count)
             totals.zero_()

@@ -81,6 +81,7 @@ class BlockDiffusionScheduler(Scheduler):
         self.traces: str = served["traces"]
         # Request id -> canvas rows it has in the step, where its prompt has more.
         self.rows_behind_prompt: dict[str, int] = {}
+        self.usual = False  # whether the step has no prompt in it
         # Request id -> rows it had in the step whose output is being processed.
         self.num_forwarded: dict[str, int] = {}
 
@@ -149,7 +150,8 @@ class BlockDiffusionScheduler(Scheduler):
             decoding = (
                 num_scheduled.keys() == output.scheduled_spec_decode_tokens.keys()
             )
-            self.windows.start(num_running, decoding and not self.rows_behind_prompt)
+            self.usual = decoding and not self.rows_behind_prompt
+            self.windows.start(num_running, self.usual)
         return output
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_unmask.decoding import routing
 from vllm_unmask.engine.states import BlockGeometry, put, select, take
@@ -42,6 +43,7 @@ class Verifier:
         max_num_reqs: request slots.
         geometry: the model's blocks.
         vocab_size: entries of a logits row.
+        adaptive: whether the scheduler says when drafts are verified.
         device: of the canvases.
     """
 
@@ -50,14 +52,20 @@ class Verifier:
         max_num_reqs: int,
         geometry: BlockGeometry,
         vocab_size: int,
+        adaptive: bool,
         device: torch.device,
     ) -> None:
         self.max_num_reqs = max_num_reqs
         self.geometry = geometry
         self.vocab_size = vocab_size
+        self.adaptive = adaptive
         self.device = device
         self.options = np.zeros((max_num_reqs, len(COLUMNS)), np.float32)
         self.mine = np.zeros(max_num_reqs, np.bool_)
+        # Of these, the ones that do so while the scheduler allows it, and whether it
+        # does in this step. Without that they are requests of their rule alone.
+        self.throttled = np.zeros(max_num_reqs, np.bool_)
+        self.may_draft = True
         # Now, and when the open block was opened: a preempted request goes on from
         # there, as from its tokens.
         self.memory = self._new_memory(max_num_reqs)
@@ -65,8 +73,9 @@ class Verifier:
         self.bucket = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         # bool [slots]: a draft waits for its verification.
         self.waiting = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
-        # Drafts verified, positions in them, accepted, corrected, since last told.
-        self.totals = torch.zeros(4, dtype=torch.int64, device=device)
+        # Drafts verified, positions in them, accepted, corrected, and positions that
+        # throttled requests have unmasked, since last told.
+        self.totals = torch.zeros(5, dtype=torch.int64, device=device)
         self.slots: dict[str, int] = {}
         self.left: OrderedDict[str, Memory] = OrderedDict()
 
@@ -79,6 +88,8 @@ class Verifier:
     def add_request(self, slot: int, req_id: str, options: DecodingOptions) -> None:
         """Take over a slot."""
         self.mine[slot] = "s2d2" in options.fillers
+        always = options.value("route") == "always"
+        self.throttled[slot] = self.adaptive and self.mine[slot] and not always
         if not self.mine[slot]:
             return
         kind = list(routing.ESTIMATES.values())
@@ -117,5 +128,20 @@ class Verifier:
         put(self.opened, slots, select(done, now, before))
 
     def members(self, slots_np: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Rows of those of the slots, int64 [requests], whose requests verify."""
-        return np.flatnonzero(self.mine[slots_np])
+        """Rows of those of the slots, int64 [requests], whose requests verify now."""
+        mine = self.mine[slots_np]
+        return np.flatnonzero(
+            mine if self.may_draft else mine & ~self.throttled[slots_np]
+        )
+
+    def count(self, slots_np: np.ndarray[Any, Any], unmasked: torch.Tensor) -> None:
+        """Note what a step has unmasked.
+
+        Args:
+            slots_np: int64 [requests] -> request slot.
+            unmasked: bool [requests, block].
+        """
+        throttled = self.throttled[slots_np]
+        if throttled.any():
+            rows = async_tensor_h2d(throttled, device=self.device)
+            self.totals[-1] += (unmasked & rows.unsqueeze(1)).sum()

@@ -30,6 +30,7 @@ from vllm_unmask.requirements import (
     require_attention_fit,
     require_filter,
     require_parts_scheduled,
+    require_throttle_fit,
 )
 
 logger = init_logger("vllm.vllm_unmask.families.config_hook")
@@ -74,6 +75,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         # rows do not score what comes after them, masks.
         to_verify = 1 if shifted else 2
         require_candidates_fit(options, to_verify)
+        require_throttle_fit(options, to_verify, attention, synchronous)
         hf_config.canvas_length = block_length
         # The HF config object reaches the front-end validator, the scheduler and
         # the worker; plain JSON keeps it printable and hashable for vLLM.
@@ -146,8 +148,13 @@ def _is_synchronous(vllm_config: VllmConfig, options: ServerOptions) -> bool:
     vLLM decides later, where the user has not, and on the CPU in any case.
     """
     scheduler = vllm_config.scheduler_config
-    if scheduler.async_scheduling is None and options.decoding.cache == "sub_block":
-        logger.info("Scheduling is synchronous: sub-blocks are forwarded alone.")
+    reason = None
+    if options.decoding.cache == "sub_block":
+        reason = "sub-blocks are forwarded alone"
+    elif options.adaptive_verification:
+        reason = "drafts are verified while that pays"
+    if scheduler.async_scheduling is None and reason:
+        logger.info("Scheduling is synchronous: %s.", reason)
         scheduler.async_scheduling = False
     return scheduler.async_scheduling is False or current_platform.is_cpu()
 
