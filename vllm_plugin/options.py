@@ -84,10 +84,9 @@ class ServerOptions:
         False,
         Limits(
             "bool",
-            "verify drafts (s2d2) while that has been paying, by tokens a second at "
-            "the server's load, and decode by the rule alone while not; an output then "
-            "depends on the load, but not with route=always, which always verifies. "
-            "Schedules synchronously",
+            "verify drafts (s2d2) only while that has been paying, by tokens a second "
+            "at the server's load; outputs then depend on the load, but not with "
+            "route=always, which always verifies; schedules synchronously",
         ),
     )
     causal_kv: bool = option(

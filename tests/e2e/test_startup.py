@@ -215,6 +215,18 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ours(strategy="s2d2", max_candidates=1) | {"model": "shifted"},
         ["strategy='s2d2'", "max_candidates of at least 2, not 1"],
     ),
+    "verification while it pays, without room": (
+        ours(adaptive_verification=True, max_candidates=2),
+        ["adaptive_verification=True has no use", "max_candidates of at least 3"],
+    ),
+    "verification while it pays, with full attention": (
+        ours(adaptive_verification=True) | {"model": "full"},
+        ["adaptive_verification=True has no use", "expected false"],
+    ),
+    "verification while it pays, in a window": (
+        ours(adaptive_verification=True) | {"model": "window"},
+        ["adaptive_verification=True has no use", "expected false"],
+    ),
     "speculation with full attention": (
         ours(strategy="freedave") | {"model": "full"},
         ["strategy='freedave'", "every position sees every other one"],
@@ -258,6 +270,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "cache of sub-blocks": ours(strategy="fast_dllm_v2", cache="sub_block"),
     "verification, shifted": ours(strategy="s2d2", max_candidates=2)
     | {"model": "shifted"},
+    "verification while it pays": ours(adaptive_verification=True),
     "full attention": ours(cache="dual", refresh=8, window=0) | {"model": "full"},
     "context of full attention": {
         "model": "full",
