@@ -49,11 +49,12 @@ WORLDS = {
 class Server:
     """Requests that are served in a time of the test's own."""
 
-    def __init__(self, seed: int, others: int = 0) -> None:
+    def __init__(self, seed: int, others: int = 0, held_up: int = 0) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.throttle = Throttle(lambda: self.now)
         self.others = others
+        self.held_up = held_up  # which step that may verify takes very long
         self.waiting: set[int] = set()
         self.allowed = 0  # steps of the last run
 
@@ -76,6 +77,7 @@ class Server:
             cost = world.cost if throttle.allowed else 1.0
             seconds = plain * cost * rng.uniform(0.9, 1.1)
             seconds *= 5 if rng.random() < 0.005 else 1
+            seconds *= 100 if throttle.allowed and self.allowed == self.held_up else 1
             count = 0
             for request in range(members):
                 if not throttle.allowed:
@@ -110,6 +112,15 @@ def test_others_in_the_batch_count_as_much() -> None:
     server = Server(0, others=12)
     server.run(WORLDS["it pays"], 5000, (4,))
     assert server.allowed < 1000
+
+
+@pytest.mark.parametrize("held_up", [1, 2])
+def test_an_accident_is_forgotten(held_up: int) -> None:
+    """A trial that something else held up is not believed for ever."""
+    server = Server(0, held_up=held_up)
+    server.run(WORLDS["it pays"], 5000, (4,))
+    server.held_up = 0
+    assert server.run(WORLDS["it pays"], 2000, (4,)) > 1.1
 
 
 def test_a_change_is_noticed() -> None:
