@@ -6,8 +6,6 @@ greedy. `freedave` gives the output of the rule that it is added to: `identical`
 share of answers that are equal to that rule's. "adaptive" is a server that
 speculates as far as that has been paying, as servers do unless told otherwise; the
 others have `adaptive_candidates` off, which saves most forwards and costs most rows.
-With `s2d2` it verifies as long as that pays (`adaptive_verification`); its base is the
-rule that it then has.
 Presets take turns, so that whatever else the machine does hits all of them; ratios
 are medians over repeats, paired.
 

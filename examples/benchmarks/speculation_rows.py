@@ -11,22 +11,13 @@ from speculation_loop import Measured
 STATIC = "static"
 # Server options of the engines. Depths are learnt, so presets that do share none.
 FIXED, CAUSAL = "fixed", "fixed, token-causal KV"
-ADAPTIVE = (
-    "freedave adaptive",
-    "threshold+freedave adaptive",
-    "s2d2_sdar_4 adaptive",
-)
+ADAPTIVE = ("freedave adaptive", "threshold+freedave adaptive")
 # On the same engines, without speculation: no two processes are equally fast.
-BESIDE = (
-    "static, adaptive server",
-    "threshold, adaptive server",
-    "threshold 0.85, adaptive server",
-)
+BESIDE = ("static, adaptive server", "threshold, adaptive server")
 SERVERS: Mapping[str, Mapping[str, Any]] = {
     FIXED: {"adaptive_candidates": False},
     CAUSAL: {"adaptive_candidates": False, "causal_kv": True},
-    **{name: {"adaptive_candidates": True} for name in ADAPTIVE[:2]},
-    ADAPTIVE[2]: {"adaptive_verification": True},
+    **{name: {"adaptive_candidates": True} for name in ADAPTIVE},
 }
 
 
@@ -57,8 +48,6 @@ PRESETS = (
     Preset(BESIDE[1], _RULE, BESIDE[1], server=ADAPTIVE[1]),
     Preset(ADAPTIVE[1], "threshold+freedave", BESIDE[1], server=ADAPTIVE[1]),
     Preset("s2d2_sdar_4", "s2d2_sdar_4", _RULE),
-    Preset(BESIDE[2], _RULE, BESIDE[2], {"threshold": 0.85}, ADAPTIVE[2]),
-    Preset(ADAPTIVE[2], "s2d2_sdar_4", BESIDE[2], server=ADAPTIVE[2]),
     Preset("s2d2_sdar_16", "s2d2_sdar_16", _RULE),
     Preset("s2d2 always", "threshold+s2d2", _RULE, {"route": "always"}),
 )

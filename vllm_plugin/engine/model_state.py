@@ -98,8 +98,8 @@ class BlockDiffusionModelState(ModelState):
             self.max_num_reqs,
             self.geometry,
             self.vocab_size,
-            served["server"]["adaptive_verification"],
             device,
+            served["server"]["adaptive_verification"],
         )
         if self.drafts.depth:
             attend_in_windows(model)
@@ -271,8 +271,8 @@ class BlockDiffusionModelState(ModelState):
         denoising = self.sub_blocks.place(input_batch, req_states, denoising)
         if not self.asynchronous:
             self.drafts.reports = req_states.draft_tokens
-            asked = int(input_batch.has_structured_output_reqs)
-            self.verifier.may_draft = bool(asked & Asked.DRAFT)
+        asked = int(input_batch.has_structured_output_reqs)
+        self.verifier.begin(slots_np, bool(asked & Asked.DRAFT))
         logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
         ahead = speculating = None
@@ -287,7 +287,7 @@ class BlockDiffusionModelState(ModelState):
         # A GPU alone knows the masks, and would have to be waited for.
         on_host = self.device.type == "cpu" and self.carry is None
         whole = len(logits_rows) > 1 or self.strategies.reads_all[slots_np].any()
-        whole = whole or len(self.verifier.members(slots_np)) > 0
+        whole = whole or len(self.verifier.now) > 0
         if on_host and not whole:
             ids = input_batch.input_ids[logits_rows[0]].view(-1, length)
             members = self.grammars.members(slots_np)

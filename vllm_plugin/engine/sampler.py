@@ -26,7 +26,6 @@ VERIFIED = (
     "speculation_tokens_drafted",
     "speculation_tokens_verified",
     "speculation_tokens_corrected",
-    "speculation_tokens_unmasked",
 )
 # What vLLM's runner reads of a sampler that keeps no penalty counts.
 _NO_PENALTIES = SimpleNamespace(output_bin_counts=None)
@@ -121,9 +120,8 @@ class BlockDiffusionSampler:
         verifier = self.model_state.verifier
         totals = verifier.totals
         self.num_steps += 1
-        # The scheduler asks in every step for what `Throttle` is about.
-        waits = waits and not verifier.adaptive
-        if verifier.slots and not (waits and self.num_steps % 64):
+        due = self.num_steps % 64 == 0 if waits else len(verifier.now) > 0
+        if verifier.slots and due:
             for name, count in zip(VERIFIED, totals.tolist(), strict=True):
                 self.stepper.grammars.counters.add(name, count)
             totals.zero_()
@@ -171,9 +169,7 @@ class BlockDiffusionSampler:
             rows: the requests that denoise.
         """
         verifier, device = self.model_state.verifier, logits.device
-        if not verifier.slots:
-            return None
-        mine = verifier.members(rows.slots_np)
+        mine = verifier.now
         if not len(mine):
             return None
         length, speculating = self.geometry.block_length, rows.speculating

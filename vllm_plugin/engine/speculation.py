@@ -113,9 +113,12 @@ class Drafts:
         if num_drafts is None or not self.limit.any():
             return None
         length = self.geometry.block_length
-        if not self.any_held and input_batch.num_scheduled_tokens.max() <= length:
-            return None
         slots_np = input_batch.idx_mapping_np
+        if not self.any_held:
+            # Without one no draft waits, and guesses need rows.
+            longest = input_batch.num_scheduled_tokens.max()
+            if longest <= length or not self.guesses[slots_np].any():
+                return None
         index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
         if not len(index_np):
             return None

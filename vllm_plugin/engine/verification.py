@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_unmask.decoding import routing
 from vllm_unmask.engine.states import BlockGeometry, put, select, take
@@ -43,8 +42,8 @@ class Verifier:
         max_num_reqs: request slots.
         geometry: the model's blocks.
         vocab_size: entries of a logits row.
-        adaptive: whether the scheduler says when drafts are verified.
         device: of the canvases.
+        adaptive: whether the scheduler says when drafts are verified.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class Verifier:
         max_num_reqs: int,
         geometry: BlockGeometry,
         vocab_size: int,
-        adaptive: bool,
         device: torch.device,
+        adaptive: bool,
     ) -> None:
         self.max_num_reqs = max_num_reqs
         self.geometry = geometry
@@ -62,10 +61,13 @@ class Verifier:
         self.device = device
         self.options = np.zeros((max_num_reqs, len(COLUMNS)), np.float32)
         self.mine = np.zeros(max_num_reqs, np.bool_)
-        # Of these, the ones that do so while the scheduler allows it, and whether it
-        # does in this step. Without that they are requests of their rule alone.
+        # Of these, the ones that do so while the scheduler allows it, and are otherwise
+        # requests of their rule alone.
         self.throttled = np.zeros(max_num_reqs, np.bool_)
-        self.may_draft = True
+        # Of this step: rows of the requests that verify, int64 [requests], and which of
+        # all are throttled, bool [requests].
+        self.now = np.zeros(0, np.int64)
+        self.counted: np.ndarray[Any, Any] | None = None
         # Now, and when the open block was opened: a preempted request goes on from
         # there, as from its tokens.
         self.memory = self._new_memory(max_num_reqs)
@@ -73,9 +75,8 @@ class Verifier:
         self.bucket = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         # bool [slots]: a draft waits for its verification.
         self.waiting = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
-        # Drafts verified, positions in them, accepted, corrected, and positions that
-        # throttled requests have unmasked, since last told.
-        self.totals = torch.zeros(5, dtype=torch.int64, device=device)
+        # Drafts verified, positions in them, accepted, corrected, since last told.
+        self.totals = torch.zeros(4, dtype=torch.int64, device=device)
         self.slots: dict[str, int] = {}
         self.left: OrderedDict[str, Memory] = OrderedDict()
 
@@ -127,21 +128,27 @@ class Verifier:
         now, before = take(self.memory, slots), take(self.opened, slots)
         put(self.opened, slots, select(done, now, before))
 
-    def members(self, slots_np: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Rows of those of the slots, int64 [requests], whose requests verify now."""
-        mine = self.mine[slots_np]
-        return np.flatnonzero(
-            mine if self.may_draft else mine & ~self.throttled[slots_np]
-        )
-
-    def count(self, slots_np: np.ndarray[Any, Any], unmasked: torch.Tensor) -> None:
-        """Note what a step has unmasked.
+    def begin(self, slots_np: np.ndarray[Any, Any], may_draft: bool) -> None:
+        """A step begins.
 
         Args:
-            slots_np: int64 [requests] -> request slot.
-            unmasked: bool [requests, block].
+            slots_np: int64 [requests] -> request slot, those that denoise.
+            may_draft: whether throttled requests verify.
         """
-        throttled = self.throttled[slots_np]
-        if throttled.any():
-            rows = async_tensor_h2d(throttled, device=self.device)
-            self.totals[-1] += (unmasked & rows.unsqueeze(1)).sum()
+        mine = self.mine[slots_np]
+        if self.adaptive:
+            self.counted = self.throttled[slots_np]
+            mine = mine if may_draft else mine & ~self.counted
+        self.now = mine.nonzero()[0]
+
+    def num_unmasked(self, accepted: torch.Tensor) -> int:
+        """What throttled requests have unmasked in this step.
+
+        Args:
+            accepted: bool [requests, block].
+        """
+        if self.counted is None or not self.counted.any():
+            return 0
+        if not self.counted.all():
+            accepted = accepted[torch.from_numpy(self.counted).to(accepted.device)]
+        return int(accepted.sum())

@@ -131,7 +131,7 @@ class VerificationStep:
             checked = torch.where(mine & span, ids, checked)
             corrected = verified.accepted & (verified.tokens != ids)
             told = (ready, mine & span, verified.accepted, corrected)
-            verifier.totals[:-1] += torch.stack([what.sum() for what in told])
+            verifier.totals += torch.stack([what.sum() for what in told])
         self._learn(memory, after, routed, wait, bucket, accepted.sum(dim=1))
         verifier.waiting[slots] = wait
         self.stepper.drafts.hold(slots, torch.where(gaps, tokens, before), wait)
