@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_unmask.limits import refused
-from vllm_unmask.options import ServerOptions
 from vllm_unmask.request_options import OF_WHOLE_BLOCKS, DecodingOptions
 
 # Options of models with full attention alone.
@@ -160,12 +159,12 @@ def require_parts_scheduled(
 
 
 def require_throttle_fit(
-    server: ServerOptions, to_verify: int, attention: str, synchronous: bool
+    max_candidates: int, to_verify: int, attention: str, synchronous: bool
 ) -> None:
-    """Check that a server that verifies while it pays can do so.
+    """Check that a server with `adaptive_verification` can verify, and measure it.
 
     Args:
-        server: the server's options, `max_candidates` set.
+        max_candidates: canvases of a request that a forward may check.
         to_verify: canvases besides its own in which a request verifies.
         attention: the family's.
         synchronous: whether a step is planned when the one before it is done.
@@ -174,12 +173,10 @@ def require_throttle_fit(
         OptionError: nothing is verified, or too late to measure it.
 
     """
-    if not server.adaptive_verification:
-        return
     allowed = reason = None
     if attention != "block_causal":
         allowed, reason = "false", "has no use, as no request of this model verifies"
-    elif (server.max_candidates or 1) <= to_verify:
+    elif max_candidates <= to_verify:
         allowed = f"false, or max_candidates of at least {to_verify + 1}"
         reason = "has no use, as there is no room to verify a draft"
     elif not synchronous:

@@ -61,9 +61,8 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         synchronous = _is_synchronous(vllm_config, options)
         require_parts_scheduled(options.decoding, options.layout, synchronous)
         block_length = _block_length(vllm_config, options)
-        options = replace(
-            options, max_candidates=_max_candidates(vllm_config, options, block_length)
-        )
+        max_candidates = _max_candidates(vllm_config, options, block_length)
+        options = replace(options, max_candidates=max_candidates)
         mask_token_id = _mask_token_id(vllm_config, options)
         _refuse_unsupported(vllm_config)
         if options.causal_kv:
@@ -75,7 +74,8 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         # rows do not score what comes after them, masks.
         to_verify = 1 if shifted else 2
         require_candidates_fit(options, to_verify)
-        require_throttle_fit(options, to_verify, attention, synchronous)
+        if options.adaptive_verification:
+            require_throttle_fit(max_candidates, to_verify, attention, synchronous)
         hf_config.canvas_length = block_length
         # The HF config object reaches the front-end validator, the scheduler and
         # the worker; plain JSON keeps it printable and hashable for vLLM.
