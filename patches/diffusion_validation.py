@@ -90,7 +90,9 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
         )
         require_filter(options, record["filter"], REQUEST_PREFIX)
         require_attention_fit(options, record["attention"], REQUEST_PREFIX)
-        require_candidates_fit(server, options, REQUEST_PREFIX)
+        require_candidates_fit(
+            server, record["verify_windows"], options, REQUEST_PREFIX
+        )
         require_parts_scheduled(
             options, server.layout, record["synchronous"], REQUEST_PREFIX
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions on self-speculation that tests run beside an engine."""
 
+import itertools
 from typing import Any
 
 import engine_calls
@@ -156,3 +157,55 @@ def generate_planned(
     finally:
         del sched.schedule
     return [one["tokens"] for one in outputs], steps
+
+
+def throttle(llm: Any, pattern: list[bool]) -> None:
+    """Say in which steps drafts may be verified, over and over again."""
+    of = engine_calls.scheduler(llm).throttle
+    allowed = itertools.cycle(pattern)
+
+    def next_step(num_running: int) -> None:
+        of.allowed = next(allowed)
+
+    # Nothing is measured, so that nothing else is chosen.
+    of.next_step = next_step
+    of.start = of.finish = lambda *args: None
+
+
+def throttle_by_clock(
+    llm: Any, prompts: list[list[int]], params: Any, seconds: float, num_runs: int
+) -> list[float]:
+    """Share of steps that may verify in each run, where they take so many seconds and
+    the others one."""
+    from vllm_unmask.engine.throttle import Throttle
+
+    sched = engine_calls.scheduler(llm)
+    now = 0.0
+    steps = [0, 0]
+
+    def clock() -> float:
+        nonlocal now
+        steps[of.allowed] += 1
+        now += seconds if of.allowed else 1.0
+        return now
+
+    of = sched.throttle
+    if "next_step" in vars(of):  # another test has chosen by itself
+        of = sched.throttle = Throttle()
+    of.depth.clock = clock
+    shares = []
+    for _ in range(num_runs):
+        steps[:] = [0, 0]
+        engine_calls.generate(llm, prompts, params)
+        shares.append(steps[True] / sum(steps))
+    return shares
+
+
+def unmasked(llm: Any) -> int:
+    """Tokens that requests have unmasked whose drafts may stay unverified."""
+    (count,) = (
+        metric.value
+        for metric in llm.get_metrics()
+        if metric.name == "vllm:unmask_speculation_tokens_unmasked"
+    )
+    return int(count)

@@ -32,6 +32,7 @@ from vllm_unmask.requirements import (
     require_filter,
     require_parts_scheduled,
     require_seeds_fit,
+    require_throttle_fit,
 )
 
 DEFAULTS = DecodingOptions()
@@ -352,6 +353,19 @@ def test_cache_of_sub_blocks() -> None:
     with pytest.raises(OptionError, match="cache='sub_block'.*--no-async-scheduling"):
         require_parts_scheduled(options, "auto", False)
     require_parts_scheduled(DEFAULTS, "uniform", False)
+
+
+def test_verification_while_it_pays() -> None:
+    """Where requests can verify, and a step is over before the next is planned."""
+    require_throttle_fit(3, 2, "block_causal", True)
+    named = "adaptive_verification=True"
+    with pytest.raises(OptionError, match=f"{named} .*false, or --no-async-schedulin"):
+        require_throttle_fit(3, 2, "block_causal", False)
+    with pytest.raises(OptionError, match=f"{named} .*max_candidates of at least 4"):
+        require_throttle_fit(3, 3, "block_causal", True)
+    for attention in ("full", "causal"):
+        with pytest.raises(OptionError, match=f"{named} has no use.* expected false"):
+            require_throttle_fit(3, 2, attention, True)
 
 
 @pytest.mark.parametrize("filler", FILLERS)

@@ -253,6 +253,7 @@ OURS = SimpleNamespace(
     architectures=["SDARForCausalLM"],
     hf_config=SimpleNamespace(
         unmask_served={
+            "verify_windows": 2,
             "server": server_options_to_dict(
                 ServerOptions(decoding=DecodingOptions(steps=4))
             ),

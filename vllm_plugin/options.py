@@ -81,6 +81,15 @@ class ServerOptions:
             "server's load; without it as many as requests ask for",
         ),
     )
+    adaptive_verification: bool = option(
+        False,
+        Limits(
+            "bool",
+            "verify drafts (s2d2) only while that has been paying, by tokens a second "
+            "at the server's load; outputs then depend on the load, but not with "
+            "route=always, which always verifies; schedules synchronously",
+        ),
+    )
     causal_kv: bool = option(
         False,
         Limits(
@@ -195,12 +204,16 @@ def require_steps_fit(
 
 
 def require_candidates_fit(
-    server: ServerOptions, options: DecodingOptions | None = None, prefix: str = ""
+    server: ServerOptions,
+    to_verify: int,
+    options: DecodingOptions | None = None,
+    prefix: str = "",
 ) -> None:
     """Check that a request speculates no further than its server.
 
     Args:
         server: the server's options, `max_candidates` set.
+        to_verify: canvases besides its own in which a request verifies.
         options: a request's; its default's if None.
         prefix: of the request's keys.
 
@@ -210,12 +223,12 @@ def require_candidates_fit(
 
     """
     options, most = options or server.decoding, server.max_candidates
-    if "s2d2" in options.fillers and most is not None and most < 3:
+    if "s2d2" in options.fillers and most is not None and most <= to_verify:
         raise refused(
             prefix + "strategy",
             options.strategy,
-            f"another strategy, or a server with max_candidates of at least 3, not "
-            f"{most}",
+            "another strategy, or a server with max_candidates of at least "
+            f"{to_verify + 1}, not {most}",
             "verifies in rows that this server does not have",
         )
     wanted = options.candidates

@@ -167,6 +167,34 @@ def require_parts_scheduled(
         )
 
 
+def require_throttle_fit(
+    max_candidates: int, to_verify: int, attention: str, synchronous: bool
+) -> None:
+    """Check that a server with `adaptive_verification` can verify, and measure it.
+
+    Args:
+        max_candidates: canvases of a request that a forward may check.
+        to_verify: canvases besides its own in which a request verifies.
+        attention: the family's.
+        synchronous: whether a step is planned when the one before it is done.
+
+    Raises:
+        OptionError: nothing is verified, or too late to measure it.
+
+    """
+    allowed = reason = None
+    if attention != "block_causal":
+        allowed, reason = "false", "has no use, as no request of this model verifies"
+    elif max_candidates <= to_verify:
+        allowed = f"false, or max_candidates of at least {to_verify + 1}"
+        reason = "has no use, as there is no room to verify a draft"
+    elif not synchronous:
+        allowed = "false, or --no-async-scheduling"
+        reason = "is not possible before it is known what the step before has unmasked"
+    if allowed and reason:
+        raise refused("adaptive_verification", True, allowed, reason)
+
+
 def _require_streaming(options: DecodingOptions, prefix: str) -> None:
     """Check that options and strategy do without blocks that begin and end."""
     because = "as this model has a window that moves on with every reported token"

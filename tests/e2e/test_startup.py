@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB, llada_config, sdar_config, wedlm_config
+from checkpoints import (
+    VOCAB,
+    fast_dllm_v2_config,
+    llada_config,
+    sdar_config,
+    wedlm_config,
+)
 from e2e.server import VLLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -201,6 +207,26 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ours(strategy="fast_dllm_v2", cache="sub_block", layout="uniform"),
         ["cache='sub_block' is not possible with layout=uniform", "auto or exact"],
     ),
+    "verification without room": (
+        ours(strategy="s2d2", max_candidates=2),
+        ["strategy='s2d2'", "max_candidates of at least 3, not 2"],
+    ),
+    "verification without room, shifted": (
+        ours(strategy="s2d2", max_candidates=1) | {"model": "shifted"},
+        ["strategy='s2d2'", "max_candidates of at least 2, not 1"],
+    ),
+    "verification while it pays, without room": (
+        ours(adaptive_verification=True, max_candidates=2),
+        ["adaptive_verification=True has no use", "max_candidates of at least 3"],
+    ),
+    "verification while it pays, with full attention": (
+        ours(adaptive_verification=True) | {"model": "full"},
+        ["adaptive_verification=True has no use", "expected false"],
+    ),
+    "verification while it pays, in a window": (
+        ours(adaptive_verification=True) | {"model": "window"},
+        ["adaptive_verification=True has no use", "expected false"],
+    ),
     "verification with full attention": (
         ours(strategy="s2d2") | {"model": "full"},
         ["strategy='s2d2'", "every position sees every other one"],
@@ -242,6 +268,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "defaults of requests": ours(strategy="static", steps=4, order="margin"),
     "block length 24": ours(block_length=24),
     "cache of sub-blocks": ours(strategy="fast_dllm_v2", cache="sub_block"),
+    "verification, shifted": ours(strategy="s2d2", max_candidates=2)
+    | {"model": "shifted"},
+    "verification while it pays": ours(adaptive_verification=True),
     "full attention": ours(cache="dual", refresh=8, window=0) | {"model": "full"},
     "speculation with full attention": ours(strategy="freedave", max_candidates=4)
     | {"model": "full"},
@@ -261,6 +290,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "good": sdar_config(4),
         "block 300": sdar_config(300),
         "window": wedlm_config(),
+        "shifted": fast_dllm_v2_config(4),
         "mask null": sdar_config(4, mask_token_id=None),
         "mask absent": sdar_config(4, mask_token_id=...),
         "full": llada_config(4),

@@ -11,7 +11,7 @@ import engine_calls
 import pytest
 import speculation_calls
 import strategy_calls
-from checkpoints import sdar_config, write_checkpoint
+from checkpoints import fast_dllm_v2_config, sdar_config, write_checkpoint
 from e2e.test_strategies import BLOCK, extra, prompts
 from engine_process import EngineProcess
 
@@ -107,6 +107,28 @@ def test_block_kv_is_not_autoregressive(checkpoint: Any, greedy: Any) -> None:
     assert [answer["tokens"] for answer in answers] != greedy
 
 
+def test_shifted_logits_need_one_window(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """With shifted logits a draft scores itself: no room for masks is needed."""
+    path = tmp_path_factory.mktemp("shifted")
+    write_checkpoint(path, fast_dllm_v2_config(BLOCK))
+    tokens = []
+    for options, asked in (
+        ({"causal_kv": True, "max_candidates": 2}, params("s2d2", route="always")),
+        ({"block_length": 1}, params("static")),
+    ):
+        with EngineProcess(
+            model=str(path),
+            max_model_len=96,
+            block_size=32,
+            additional_config={"unmask": options},
+        ) as one:
+            answers = one.run(engine_calls.generate, prompts(6), asked)
+            tokens.append([answer["tokens"] for answer in answers])
+    assert tokens[0] == tokens[1]
+
+
 def test_the_trace_says_what_was_verified(
     engine: EngineProcess, greedy: list[list[int]]
 ) -> None:
@@ -128,6 +150,27 @@ def test_the_trace_says_what_was_verified(
         # Up to the first that fails, or all.
         assert forward.accepted <= forward.drafted > 0
     assert trace.count("accepted") > 0 and trace.count("resampled") > 0
+
+
+def rows(engine: EngineProcess, asked: dict[str, Any]) -> list[int]:
+    """Rows of each denoising step of one request, behind its prompt."""
+    _, records = engine.run(engine_calls.generate_recorded, prompts(1), asked)
+    return [record["rows"] for record in records[1:]]
+
+
+def test_rows_are_forwarded_where_a_draft_waits(
+    engine: EngineProcess, request: pytest.FixtureRequest
+) -> None:
+    """Other steps have those of the plain rule; ahead of time nobody knows."""
+    always = rows(engine, params("s2d2", route="always"))
+    if request.node.callspec.params["engine"]:
+        assert set(always) == {4 * BLOCK}
+        return
+    # Each draft, behind a block that becomes final or not, and its verification.
+    assert set(always[1::2]) == {BLOCK, 2 * BLOCK}
+    assert set(always[::2]) == {3 * BLOCK}
+    plain = rows(engine, params("threshold"))
+    assert rows(engine, params("s2d2", route="never")) == plain
 
 
 def test_never_verified_is_the_strategy(engine: EngineProcess) -> None:

@@ -40,7 +40,7 @@ ROWS = DenoisingRows(
 
 def stepper(**options: Any) -> SimpleNamespace:
     asked = DecodingOptions(strategy="threshold+edit+s2d2", **options)
-    verifier = Verifier(4, GEOMETRY, VOCAB, CPU)
+    verifier = Verifier(4, GEOMETRY, VOCAB, CPU, adaptive=False)
     verifier.add_request(SLOT, "a", asked)
     drafts = Drafts(4, GEOMETRY, 1 + NUM_WINDOWS, NUM_WINDOWS, 64, CPU)
     drafts.add_request(SLOT, asked)

@@ -183,6 +183,9 @@ class Stepper:
         else:
             temperature = self.sampling_states.temperature.np[rows.slots_np]
             done = grammar.verify(before, scores, accepted, rows.width, temperature)
+        if self.verifier.adaptive and opened is None:
+            unmasked = self.verifier.num_unmasked(done.accepted)
+            self.grammars.counters.add("speculation_tokens_unmasked", unmasked)
         num_fixed = canvas.num_fixed[rows.slots]
         fresh, chosen = done.accepted, done.tokens
         if early is not None:
@@ -266,7 +269,7 @@ class Stepper:
             canvas, rows.slots, width, after, mask_id
         )
         complete = canvas.pending[rows.slots]
-        if self.verifier.slots:
+        if len(self.verifier.now):
             self.verifier.reported(rows.slots, complete)
         if opened is not None and before is not None:
             stay(canvas, rows.slots, before, after, width > 0, opened)

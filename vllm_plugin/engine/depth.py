@@ -59,7 +59,8 @@ class _Arm:
 class _Load:
     """What is known of the depths beside about so many requests."""
 
-    def __init__(self, num_arms: int) -> None:
+    def __init__(self, num_arms: int, late: int) -> None:
+        self.late = late
         self.arms = [_Arm() for _ in range(num_arms)]
         self.best = self.current = 0  # places of arms; 0 is no windows
         self.trial = 0
@@ -74,7 +75,7 @@ class _Load:
         self.trial += 1
         if last != self.best:
             arms[last].due = self.trial + arms[last].pause
-            arms[last].pause = min(2 * arms[last].pause, _LATE)
+            arms[last].pause = min(2 * arms[last].pause, self.late)
         if self.worth(self.best) < 1:
             self.best = 0
         first = max(range(len(arms)), key=self.worth)
@@ -106,7 +107,8 @@ class _Load:
         the rate of the one before."""
         losses = [0.0]
         for arm in self.arms[1:]:
-            known = arm.forwards > 0
+            # A trial that was broken off may have been held up: not believed for long.
+            known = arm.forwards >= _TOLD or (arm.forwards and self.trial < arm.due)
             mean = (arm.cost - arm.steps) / arm.forwards if known else 0.0
             losses.append(_TRIAL * mean if known else 2 * losses[-1])
             losses[-1] = max(losses[-1], 1.0)
@@ -119,11 +121,18 @@ class Depth:
     Args:
         most: windows that a request may have, at least 1.
         clock: seconds.
+        late: trials after which a depth beside one that pays is tried again, at most.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(
+        self,
+        most: int,
+        clock: Callable[[], float] = perf_counter,
+        late: int = _LATE,
+    ) -> None:
         self.depths = sorted({0, most} | {n for n in (1, 3, 7) if n < most})
         self.clock = clock
+        self.late = late
         self.credit = _START
         # Running requests -> seconds of their last steps without windows.
         self.plain: dict[int, deque[float]] = {}
@@ -136,7 +145,7 @@ class Depth:
     def _load(self, num_running: int) -> _Load:
         key = num_running.bit_length()
         if key not in self.loads:
-            self.loads[key] = _Load(len(self.depths))
+            self.loads[key] = _Load(len(self.depths), self.late)
         return self.loads[key]
 
     def choose(self, num_running: int) -> int:
@@ -225,7 +234,8 @@ class WindowPlan:
         self.pages = 1 + most * block_length // page_size if page_size else 0
         self.depth = Depth(most) if adaptive and most else None
         self.wanted: dict[str, int] = {}  # request id -> windows that it asks for
-        # Requests whose output depends on having theirs: those that verify.
+        # Windows of requests whose output depends on having them: those that verify.
+        # With synchronous scheduling, while a draft waits.
         self.fixed: dict[str, int] = {}
         self.allowed = most
         self.measured = False

@@ -36,6 +36,7 @@ COUNTERS = {
     "speculation_tokens_drafted": "Tokens of those drafts.",
     "speculation_tokens_verified": "Of these, the ones that passed or were put right.",
     "speculation_tokens_corrected": "Of these, the ones that were put right.",
+    "speculation_tokens_unmasked": "Tokens of requests that verify while it pays.",
 }
 # vLLM's names for speculative decoding, and what of the above they are. Beside a
 # diffusion model it has no counters of these names: what it has for them counts

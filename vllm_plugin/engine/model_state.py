@@ -32,6 +32,7 @@ from vllm_unmask.engine.states import BlockGeometry, CanvasStates
 from vllm_unmask.engine.strategies import SPECULATION, Strategies
 from vllm_unmask.engine.strategy_data import Delimiters
 from vllm_unmask.engine.sub_blocks import SubBlocks
+from vllm_unmask.engine.throttle import Asked
 from vllm_unmask.engine.tracing import Tracer
 from vllm_unmask.engine.verification import Verifier
 from vllm_unmask.engine.windows import Windows, attend_in_windows, write_windows
@@ -95,7 +96,11 @@ class BlockDiffusionModelState(ModelState):
             device,
         )
         self.verifier = Verifier(
-            self.max_num_reqs, self.geometry, self.vocab_size, device
+            self.max_num_reqs,
+            self.geometry,
+            self.vocab_size,
+            device,
+            served["server"]["adaptive_verification"],
         )
         if self.drafts.depth:
             attend_in_windows(model)
@@ -269,6 +274,10 @@ class BlockDiffusionModelState(ModelState):
             batch_index, slots_np, slots, width, num_open, start, None, None
         )
         denoising = self.sub_blocks.place(input_batch, req_states, denoising)
+        if not self.asynchronous:
+            self.drafts.reports = req_states.draft_tokens
+        asked = int(input_batch.has_structured_output_reqs)
+        self.verifier.begin(slots_np, bool(asked & Asked.DRAFT))
         logits_rows = [input_batch.logits_indices]
         looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
         ahead = speculating = None
@@ -283,6 +292,7 @@ class BlockDiffusionModelState(ModelState):
         # A GPU alone knows the masks, and would have to be waited for.
         on_host = self.device.type == "cpu" and self.carry is None
         whole = len(logits_rows) > 1 or self.strategies.reads_all[slots_np].any()
+        whole = whole or len(self.verifier.now) > 0
         if on_host and not whole:
             ids = input_batch.input_ids[logits_rows[0]].view(-1, length)
             members = self.grammars.members(slots_np)

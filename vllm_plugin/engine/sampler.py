@@ -117,9 +117,11 @@ class BlockDiffusionSampler:
 
     def _count_verified(self, waits: bool) -> None:
         """Tell the counters; not in every step if that waits for the device."""
-        totals = self.model_state.verifier.totals
+        verifier = self.model_state.verifier
+        totals = verifier.totals
         self.num_steps += 1
-        if self.model_state.verifier.slots and not (waits and self.num_steps % 64):
+        due = self.num_steps % 64 == 0 if waits else len(verifier.now) > 0
+        if verifier.slots and due:
             for name, count in zip(VERIFIED, totals.tolist(), strict=True):
                 self.stepper.grammars.counters.add(name, count)
             totals.zero_()
@@ -167,9 +169,7 @@ class BlockDiffusionSampler:
             rows: the requests that denoise.
         """
         verifier, device = self.model_state.verifier, logits.device
-        if not verifier.slots:
-            return None
-        mine = verifier.members(rows.slots_np)
+        mine = verifier.now
         if not len(mine):
             return None
         length, speculating = self.geometry.block_length, rows.speculating

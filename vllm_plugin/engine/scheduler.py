@@ -81,6 +81,7 @@ class BlockDiffusionScheduler(Scheduler):
         self.traces: str = served["traces"]
         # Request id -> canvas rows it has in the step, where its prompt has more.
         self.rows_behind_prompt: dict[str, int] = {}
+        self.usual = False  # whether the step has no prompt in it
         # Request id -> rows it had in the step whose output is being processed.
         self.num_forwarded: dict[str, int] = {}
 
@@ -146,7 +147,8 @@ class BlockDiffusionScheduler(Scheduler):
                 self._plan_canvas(request)
         output = super().schedule(throttle_prefills)
         if output.num_scheduled_tokens:
-            self.windows.start(num_running, self._is_usual(output))
+            self.usual = self._is_usual(output)
+            self.windows.start(num_running, self.usual)
         return output
 
     def _is_usual(self, output: SchedulerOutput) -> bool:

@@ -5,9 +5,9 @@ from typing import Any
 
 from vllm_unmask.engine.async_scheduler import BlockDiffusionAsyncScheduler
 from vllm_unmask.engine.full_scheduler import FullAttentionScheduler
+from vllm_unmask.engine.reporting_scheduler import ReportingScheduler
 from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
 from vllm_unmask.engine.streaming_scheduler import StreamingScheduler
-from vllm_unmask.engine.sub_block_scheduler import SubBlockScheduler
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
@@ -17,7 +17,7 @@ def create_scheduler(*args: Any, **kwargs: Any) -> BlockDiffusionScheduler:
     """
     config = kwargs["vllm_config"]
     attention = config.model_config.hf_config.unmask_served["attention"]
-    cls: type[BlockDiffusionScheduler] = SubBlockScheduler
+    cls: type[BlockDiffusionScheduler] = ReportingScheduler
     if attention == "full":
         cls = FullAttentionScheduler
     elif attention == "causal":

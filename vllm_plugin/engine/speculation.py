@@ -73,6 +73,8 @@ class Drafts:
         # bool: complete since a step on a window, reported by the next forward.
         self.closing = torch.zeros(max_num_reqs, dtype=torch.bool, device=device)
         self.any_closing = False  # on the host: whether there may be one
+        # vLLM's draft tokens of all slots: by them the scheduler learns who waits.
+        self.reports: torch.Tensor | None = None
 
     def add_request(self, slot: int, options: DecodingOptions) -> None:
         """Take over a slot."""
@@ -103,9 +105,12 @@ class Drafts:
         if num_drafts is None or not self.limit.any():
             return None
         length = self.geometry.block_length
-        if not self.any_held and input_batch.num_scheduled_tokens.max() <= length:
-            return None
         slots_np = input_batch.idx_mapping_np
+        if not self.any_held:
+            # Without one no draft waits, and guesses need rows.
+            longest = input_batch.num_scheduled_tokens.max()
+            if longest <= length or not self.guesses[slots_np].any():
+                return None
         index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
         if not len(index_np):
             return None
@@ -169,6 +174,8 @@ class Drafts:
         for kept, new in zip(self.candidates, held, strict=True):
             kept[slots] = new
         self.any_held = True
+        if self.reports is not None:
+            self.reports[slots, 0] = held.count
 
     def take_closing(self, slots: torch.Tensor) -> torch.Tensor | None:
         """Which blocks wait for nothing but their report, bool [requests].
@@ -222,8 +229,7 @@ class Drafts:
         column = torch.arange(length, device=self.device)
         canvas, counters = stepper.canvas, stepper.grammars.counters
         used = torch.zeros(logits.shape[:2], dtype=torch.bool, device=self.device)
-        inside = torch.zeros_like(slots, dtype=torch.bool)
-        closing = inside
+        inside = closing = torch.zeros_like(slots, dtype=torch.bool)
         num_accepted = 0
         while width:
             found = drafting.find(

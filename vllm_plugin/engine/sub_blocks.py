@@ -9,7 +9,7 @@ forward that commits a block has all of it, so what is kept in the end is exact.
 
 What a step needs follows from what the step before has unmasked, and the scheduler
 plans queries: so the worker tells it, in the place where vLLM reports draft tokens
-(`engine.sub_block_scheduler` asks for them).
+(`engine.reporting_scheduler` asks for them).
 """
 
 from typing import Any, NamedTuple

@@ -43,6 +43,7 @@ class Verifier:
         geometry: the model's blocks.
         vocab_size: entries of a logits row.
         device: of the canvases.
+        adaptive: whether the scheduler says when drafts are verified.
     """
 
     def __init__(
@@ -51,13 +52,22 @@ class Verifier:
         geometry: BlockGeometry,
         vocab_size: int,
         device: torch.device,
+        adaptive: bool,
     ) -> None:
         self.max_num_reqs = max_num_reqs
         self.geometry = geometry
         self.vocab_size = vocab_size
+        self.adaptive = adaptive
         self.device = device
         self.options = np.zeros((max_num_reqs, len(COLUMNS)), np.float32)
         self.mine = np.zeros(max_num_reqs, np.bool_)
+        # Of these, the ones that do so while the scheduler allows it, and are otherwise
+        # requests of their rule alone.
+        self.throttled = np.zeros(max_num_reqs, np.bool_)
+        # Of this step: rows of the requests that verify, int64 [requests], and which of
+        # all are throttled, bool [requests].
+        self.now = np.zeros(0, np.int64)
+        self.counted: np.ndarray[Any, Any] | None = None
         # Now, and when the open block was opened: a preempted request goes on from
         # there, as from its tokens.
         self.memory = self._new_memory(max_num_reqs)
@@ -79,6 +89,8 @@ class Verifier:
     def add_request(self, slot: int, req_id: str, options: DecodingOptions) -> None:
         """Take over a slot."""
         self.mine[slot] = "s2d2" in options.fillers
+        always = options.value("route") == "always"
+        self.throttled[slot] = self.adaptive and self.mine[slot] and not always
         if not self.mine[slot]:
             return
         kind = list(routing.ESTIMATES.values())
@@ -116,6 +128,27 @@ class Verifier:
         now, before = take(self.memory, slots), take(self.opened, slots)
         put(self.opened, slots, select(done, now, before))
 
-    def members(self, slots_np: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Rows of those of the slots, int64 [requests], whose requests verify."""
-        return np.flatnonzero(self.mine[slots_np])
+    def begin(self, slots_np: np.ndarray[Any, Any], may_draft: bool) -> None:
+        """A step begins.
+
+        Args:
+            slots_np: int64 [requests] -> request slot, those that denoise.
+            may_draft: whether throttled requests verify.
+        """
+        mine = self.mine[slots_np]
+        if self.adaptive:
+            self.counted = self.throttled[slots_np]
+            mine = mine if may_draft else mine & ~self.counted
+        self.now = mine.nonzero()[0]
+
+    def num_unmasked(self, accepted: torch.Tensor) -> int:
+        """What throttled requests have unmasked in this step.
+
+        Args:
+            accepted: bool [requests, block].
+        """
+        if self.counted is None or not self.counted.any():
+            return 0
+        if not self.counted.all():
+            accepted = accepted[torch.from_numpy(self.counted).to(accepted.device)]
+        return int(accepted.sum())

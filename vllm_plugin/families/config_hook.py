@@ -30,6 +30,7 @@ from vllm_unmask.requirements import (
     require_attention_fit,
     require_filter,
     require_parts_scheduled,
+    require_throttle_fit,
 )
 
 logger = init_logger("vllm.vllm_unmask.families.config_hook")
@@ -60,21 +61,24 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         synchronous = _is_synchronous(vllm_config, options)
         require_parts_scheduled(options.decoding, options.layout, synchronous)
         block_length = _block_length(vllm_config, options)
-        options = replace(
-            options, max_candidates=_max_candidates(vllm_config, options, block_length)
-        )
+        max_candidates = _max_candidates(vllm_config, options, block_length)
+        options = replace(options, max_candidates=max_candidates)
         mask_token_id = _mask_token_id(vllm_config, options)
         _refuse_unsupported(vllm_config)
         if options.causal_kv:
             _set_backend_for_both_masks(vllm_config)
         require_steps_fit(options.decoding, block_length)
-        require_candidates_fit(options)
-
         hf_config = vllm_config.model_config.hf_config
+        shifted = getattr(hf_config, "shifted", False)
+        # Windows in which a draft is verified: the block as drafted, and, where its
+        # rows do not score what comes after them, masks.
+        to_verify = 1 if shifted else 2
+        require_candidates_fit(options, to_verify)
+        if options.adaptive_verification:
+            require_throttle_fit(max_candidates, to_verify, attention, synchronous)
         hf_config.canvas_length = block_length
         # The HF config object reaches the front-end validator, the scheduler and
         # the worker; plain JSON keeps it printable and hashable for vLLM.
-        shifted = getattr(hf_config, "shifted", False)
         hf_config.unmask_served = {
             "server": server_options_to_dict(options),
             "attention": attention,
@@ -85,9 +89,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
             "tokenizer": not vllm_config.model_config.skip_tokenizer_init,
             "shifted": shifted,
             "first_alone": getattr(hf_config, "first_alone", False),
-            # Windows in which a draft is verified: the block as drafted, and, where
-            # its rows do not score what comes after them, masks.
-            "verify_windows": 1 if shifted else 2,
+            "verify_windows": to_verify,
             "counters": _kept(vllm_config, "counters", _new_counters),
             "traces": _kept(vllm_config, "traces", _new_traces),
             "filter": _filter(vllm_config, options, block_length),
@@ -146,8 +148,13 @@ def _is_synchronous(vllm_config: VllmConfig, options: ServerOptions) -> bool:
     vLLM decides later, where the user has not, and on the CPU in any case.
     """
     scheduler = vllm_config.scheduler_config
-    if scheduler.async_scheduling is None and options.decoding.cache == "sub_block":
-        logger.info("Scheduling is synchronous: sub-blocks are forwarded alone.")
+    reason = None
+    if options.decoding.cache == "sub_block":
+        reason = "sub-blocks are forwarded alone"
+    elif options.adaptive_verification:
+        reason = "drafts are verified while that pays"
+    if scheduler.async_scheduling is None and reason:
+        logger.info("Scheduling is synchronous: %s.", reason)
         scheduler.async_scheduling = False
     return scheduler.async_scheduling is False or current_platform.is_cpu()
 
