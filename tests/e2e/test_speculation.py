@@ -72,7 +72,12 @@ def engine(
         num_gpu_blocks_override=20,
         async_scheduling=request.param,
         additional_config={
-            "unmask": {"max_candidates": CANDIDATES, "adaptive_candidates": False}
+            "unmask": {
+                "max_candidates": CANDIDATES,
+                "adaptive_candidates": False,
+                # Forwards are counted, also of steps that were planned for nothing.
+                "layout": "uniform" if request.param else "auto",
+            }
         },
     ) as engine:
         engine.run(strategy_calls.use_byte_tokenizer)

@@ -108,8 +108,8 @@ class Drafts:
         slots_np = input_batch.idx_mapping_np
         if not self.any_held:
             # Without one no draft waits, and guesses need rows.
-            longest = input_batch.num_scheduled_tokens.max()
-            if longest <= length or not self.guesses[slots_np].any():
+            guessing = asynchronous or self.guesses[slots_np].any()
+            if not guessing or input_batch.num_scheduled_tokens.max() <= length:
                 return None
         index_np = np.flatnonzero((self.limit[slots_np] > 0) & (num_drafts > 0))
         if not len(index_np):
