@@ -211,6 +211,16 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ours(strategy="s2d2", max_candidates=2),
         ["strategy='s2d2'", "max_candidates of at least 3, not 2"],
     ),
+    "candidates and token budget": (
+        ours(block_length=32, max_candidates=3)
+        | {"max_num_batched_tokens": 96, "max_num_seqs": 2},
+        ["max_candidates=3", "at most 2", "--max-num-batched-tokens 96"],
+    ),
+    "verification and token budget": (
+        ours(strategy="s2d2", block_length=32)
+        | {"max_num_batched_tokens": 96, "max_num_seqs": 2},
+        ["strategy='s2d2'", "max_candidates of at least 3, not 2"],
+    ),
     "verification without room, shifted": (
         ours(strategy="s2d2", max_candidates=1) | {"model": "shifted"},
         ["strategy='s2d2'", "max_candidates of at least 2, not 1"],

@@ -15,7 +15,7 @@ steps after it forward, while they read the rest from the cache (Fast-dLLM):
 or not at all, and with nothing in flight.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_unmask.engine.scheduler import BlockDiffusionScheduler
+from vllm_unmask.engine.throttle import Asked
 from vllm_unmask.options import DecodingOptions
 
 # More steps than a block has.
@@ -181,7 +182,9 @@ class FullAttentionScheduler(BlockDiffusionScheduler):
         num_scheduled = scheduler_output.num_scheduled_tokens
         self.asking = {r for r in num_scheduled if self.windows.optional(r)}
         # By this the worker knows that it has to make and report candidates.
-        scheduler_output.has_structured_output_requests |= bool(self.asking)
+        if self.asking:
+            flag = scheduler_output.has_structured_output_requests | Asked.REPORT
+            scheduler_output.has_structured_output_requests = cast(bool, flag)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         room = (
             self.max_num_scheduled_tokens - scheduler_output.total_num_scheduled_tokens

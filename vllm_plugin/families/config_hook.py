@@ -178,8 +178,15 @@ def _max_candidates(
     ):
         reason = f"the attention backend is {backend.name}"
     if reason is None:
-        most = options.max_candidates
-        return most or min(max(CANDIDATE_ROWS // block_length, 3), 16)
+        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        # Beside a canvas of two blocks, of which one is a candidate itself. A request
+        # that verifies is not scheduled with less room than it needs.
+        room = budget // block_length - 1
+        usual = min(max(CANDIDATE_ROWS // block_length, 3), 16, room)
+        if (most := options.max_candidates or usual) > room:
+            expected = f"at most {room}, which --max-num-batched-tokens {budget} holds"
+            raise refused("max_candidates", most, expected)
+        return most
     if (options.max_candidates or 1) > 1:
         raise refused("max_candidates", options.max_candidates, "1", f"and {reason}")
     logger.info("No request speculates, because %s.", reason)
