@@ -23,6 +23,9 @@ QUIET = {
     # On a busy machine a pause passes for idleness, and the server hangs up in the
     # moment in which the client, which must not try again, sends its next request.
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+    # Other tests run beside it, whose threads and its own would wait for each other.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
 }
 
 

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call to the workers a step: what it is and who gets it."""
+"""What lies between engine core and workers on a CPU, and who gets it."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.platforms import CpuArchEnum, current_platform
+from vllm.utils import cpu_resource_utils
+from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 
-from vllm_unmask.engine.executor import OneCallExecutor, execute_and_sample
+from vllm_unmask.engine.executor import (
+    MANY_CORES,
+    InProcessExecutor,
+    OneCallExecutor,
+    compute_cores,
+    execute_and_sample,
+)
 from vllm_unmask.families import config_hook
 
 
@@ -82,15 +91,15 @@ def test_a_step_without_a_forward_is_not_sampled() -> None:
     ("backend", "processes", "cpu", "expected"),
     [
         # What vLLM writes for one worker and turns into "mp" on the CPU.
-        ("uni", "1", True, config_hook.EXECUTOR),
-        ("mp", "1", True, config_hook.EXECUTOR),
+        ("uni", "1", True, config_hook.IN_PROCESS),
+        ("mp", "1", True, config_hook.ONE_CALL),
         ("uni", "0", True, "uni"),
         ("uni", "1", False, "uni"),
         ("mp", "1", False, "mp"),
         ("their.Executor", "1", True, "their.Executor"),
     ],
 )
-def test_who_gets_it(
+def test_who_gets_which(
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
     processes: str,
@@ -105,6 +114,55 @@ def test_who_gets_it(
     assert parallel.distributed_executor_backend == expected
 
 
-def test_its_name_is_its_own() -> None:
-    module, name = config_hook.EXECUTOR.rsplit(".", 1)
-    assert (module, name) == (OneCallExecutor.__module__, OneCallExecutor.__name__)
+@pytest.mark.parametrize(
+    ("path", "executor"),
+    [
+        (config_hook.IN_PROCESS, InProcessExecutor),
+        (config_hook.ONE_CALL, OneCallExecutor),
+    ],
+)
+def test_their_names_are_their_own(path: str, executor: type) -> None:
+    assert path == f"{executor.__module__}.{executor.__name__}"
+
+
+def cpus(*sizes: int) -> list[LogicalCPUInfo]:
+    """CPUs of nodes of so many cores, two to a core."""
+    found, core = [], 0
+    for node, size in enumerate(sizes):
+        for _ in range(size):
+            found += [LogicalCPUInfo(2 * core + n, core, node) for n in (0, 1)]
+            core += 1
+    return found
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="of the CPU platform")
+@pytest.mark.parametrize(
+    ("bind", "machine", "expected"),
+    [
+        ("auto", cpus(2), [1, 3]),
+        ("auto", cpus(1), [1]),
+        ("auto", cpus(4, 4), [1, 3, 5, 7]),
+        # Where cores are many, vLLM's reserve is left to the front end.
+        ("auto", cpus(MANY_CORES + 1), [2 * n + 1 for n in range(MANY_CORES)]),
+        ("0,2-3", cpus(8), [0, 2, 3]),
+        ("nobind", cpus(8), []),
+    ],
+)
+def test_which_cores_compute(
+    monkeypatch: pytest.MonkeyPatch,
+    bind: str,
+    machine: list[LogicalCPUInfo],
+    expected: list[int],
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    monkeypatch.setattr(cpu_resource_utils, "get_allowed_cpu_list", lambda: machine)
+    nodes = sorted({cpu.numa_node for cpu in machine})
+    monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: nodes)
+    monkeypatch.setattr(
+        type(current_platform), "get_cpu_architecture", lambda *_: CpuArchEnum.X86
+    )
+    parallel = SimpleNamespace(
+        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1
+    )
+    config: Any = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+    assert compute_cores(config) == expected

@@ -39,7 +39,8 @@ MAX_BLOCK_LENGTH = 256
 # Rows of a request that a forward checks when it speculates, unless told otherwise.
 CANDIDATE_ROWS = 128
 SCHEDULER = "vllm_unmask.engine.schedulers.create_scheduler"
-EXECUTOR = "vllm_unmask.engine.executor.OneCallExecutor"
+IN_PROCESS = "vllm_unmask.engine.executor.InProcessExecutor"
+ONE_CALL = "vllm_unmask.engine.executor.OneCallExecutor"
 
 
 class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
@@ -336,16 +337,16 @@ def _set_scheduler(vllm_config: VllmConfig, rows: int) -> None:
 
 
 def _set_executor(vllm_config: VllmConfig) -> None:
-    """Where scheduling is synchronous, ask the workers once a step.
+    """On a CPU, keep messages between processes out of a step.
 
-    That is on the CPU. Worker processes are vLLM's default there, which it sets
-    later; with the engine in one process, or an executor of the user's, nothing is
-    changed.
+    vLLM's default, "uni" for one worker, becomes "mp" later there. With the engine in
+    one process, or an executor of the user's, nothing is changed.
     """
+    if not current_platform.is_cpu():
+        return
     parallel = vllm_config.parallel_config
-    processes = parallel.distributed_executor_backend == "mp" or (
-        parallel.distributed_executor_backend == "uni"
-        and envs.VLLM_ENABLE_V1_MULTIPROCESSING
-    )
-    if processes and current_platform.is_cpu():
-        parallel.distributed_executor_backend = EXECUTOR
+    backend = parallel.distributed_executor_backend
+    if backend == "mp":
+        parallel.distributed_executor_backend = ONE_CALL
+    elif backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        parallel.distributed_executor_backend = IN_PROCESS
