@@ -6,7 +6,7 @@ Imports neither torch nor vLLM.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from vllm_unmask.limits import (
@@ -258,6 +258,21 @@ def parse_request_options(
     if not given:
         require_steps_fit(defaults, block_length, REQUEST_PREFIX)
         return defaults
+    try:
+        return _parsed(defaults, block_length, *given, *given.values())
+    except TypeError:
+        # A value that is no scalar, and that no option takes.
+        return overlaid(given, defaults, REQUEST_PREFIX, block_length)
+
+
+# Typed, because 1, 1.0 and True are equal and not the same option.
+@lru_cache(maxsize=128, typed=True)
+def _parsed(
+    defaults: DecodingOptions, block_length: int, *names_and_values: Any
+) -> DecodingOptions:
+    """Most requests of a server name the same options, and each is read three times."""
+    half = len(names_and_values) // 2
+    given = dict(zip(names_and_values[:half], names_and_values[half:], strict=True))
     return overlaid(given, defaults, REQUEST_PREFIX, block_length)
 
 
@@ -276,16 +291,21 @@ def own_options(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Our keys in `extra_args`, without their prefix."""
     if not extra_args:
         return {}
-    known = [REQUEST_PREFIX + name for name in decoding_limits()]
+    known = _request_keys()
     given: dict[str, Any] = {}
     for key, value in extra_args.items():
+        if name := known.get(key):
+            given[name] = value
         # Wider than the prefix, so that `unmask-steps` is refused too.
-        if not isinstance(key, str) or not key.lower().startswith(SERVER_KEY):
-            continue
-        if key not in known:
-            raise unknown_option(key, value, known, REQUEST_PREFIX)
-        given[key.removeprefix(REQUEST_PREFIX)] = value
+        elif isinstance(key, str) and key.lower().startswith(SERVER_KEY):
+            raise unknown_option(key, value, list(known), REQUEST_PREFIX)
     return given
+
+
+@cache
+def _request_keys() -> dict[str, str]:
+    """The options of a request: key in `extra_args` -> name."""
+    return {REQUEST_PREFIX + name: name for name in decoding_limits()}
 
 
 def parse_server_options(additional_config: Any) -> ServerOptions:

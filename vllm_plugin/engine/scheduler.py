@@ -57,6 +57,7 @@ class BlockDiffusionScheduler(Scheduler):
         self.grid = self.block_length
         self.mask_token_id: int = served["mask_token_id"]
         self.uniform = served["server"]["layout"] == "uniform"
+        self.asynchronous: bool = self.scheduler_config.async_scheduling
         # Routes every scheduling decision through _mamba_block_aligned_split,
         # vLLM's hook for queries that must end on a grid.
         self.need_mamba_block_aligned_split = True
@@ -287,8 +288,31 @@ class BlockDiffusionScheduler(Scheduler):
             request.status = RequestStatus.FINISHED_ERROR
             request.resumable = False
             return [], True
+        if not self.asynchronous and self._goes_on(request, new_token_ids):
+            request.append_output_token_ids(new_token_ids)
+            return new_token_ids, False
         return super()._update_request_with_output(
             request, new_token_ids, *args, **kwargs
+        )
+
+    def _goes_on(self, request: Request, new_token_ids: list[int]) -> bool:
+        """Whether none of these tokens ends the request.
+
+        vLLM asks that of every token by itself (`check_stop`), and most blocks have
+        none that does.
+        """
+        params = request.sampling_params
+        if params is None or params.repetition_detection is not None:
+            return False
+        num_new = len(new_token_ids)
+        return (
+            request.num_tokens + num_new < self.max_model_len
+            and request.num_output_tokens + num_new < request.max_tokens
+            and params.eos_token_id not in new_token_ids
+            and (
+                not params.stop_token_ids
+                or set(params.stop_token_ids).isdisjoint(new_token_ids)
+            )
         )
 
     def make_spec_decoding_stats(
