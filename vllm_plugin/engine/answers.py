@@ -102,6 +102,8 @@ class Answers:
 
     def _any(self, slots_np: np.ndarray[Any, Any]) -> bool:
         """Whether any of the slots has parts."""
+        if not self.searched:
+            return False
         return bool((self.length[slots_np] < self.block_length).any())
 
     def locate(self, batch: "InputBatch") -> Parts | None:

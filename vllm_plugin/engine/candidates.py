@@ -104,13 +104,22 @@ class Candidates:
         )
         if read is not None:
             size = len(request_slots) * length
-            flat = Scores(*(x.new_zeros(size).index_copy_(0, read, x) for x in flat))
+            tokens, confidence, order = flat
+            # Of plain requests the last two are one tensor.
+            spread = {
+                id(x): x.new_zeros(size).index_copy_(0, read, x)
+                for x in ((tokens, confidence) if order is confidence else flat)
+            }
+            flat = Scores(*(spread[id(x)] for x in flat))
         return self._never_mask(Scores(*(x.view(-1, length) for x in flat)))
 
     def _never_mask(self, scores: Scores) -> Scores:
-        # A row in which everything is banned falls back to token 0. If that is the
-        # mask, any other token will do: a revealed mask would never go away.
+        # A row in which everything is banned falls back to token 0, and in no other is
+        # the mask a candidate. If it is that, any other token will do: a revealed mask
+        # would never go away.
         mask_id = self.states.geometry.mask_token_id
+        if mask_id > 0:
+            return scores
         other = (mask_id + 1) % self.sampling.vocab_size
         tokens = torch.where(scores.tokens == mask_id, other, scores.tokens)
         return scores._replace(tokens=tokens)

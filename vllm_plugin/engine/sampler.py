@@ -34,16 +34,10 @@ _NO_PENALTIES = SimpleNamespace(output_bin_counts=None)
 def _place(
     values: torch.Tensor, index: np.ndarray[Any, Any], batch: torch.Tensor
 ) -> torch.Tensor:
-    """``batch`` with ``values`` at ``index``, its rows of the denoising requests.
-
-    In most steps those are all, in order, and nothing is left of ``batch``.
-    """
-    values = values.to(batch.dtype)
-    if len(index) < len(batch):
-        rows = async_tensor_h2d(index, device=batch.device, dtype=torch.int64)
-        batch[rows] = values
-        return batch
-    return values
+    """``batch`` with ``values`` at ``index``, its rows of the denoising requests."""
+    rows = async_tensor_h2d(index, device=batch.device, dtype=torch.int64)
+    batch[rows] = values.to(batch.dtype)
+    return batch
 
 
 class BlockDiffusionSampler:
@@ -82,36 +76,48 @@ class BlockDiffusionSampler:
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         num_reqs = input_batch.num_reqs
-        length = self.geometry.block_length
+        rows = self.model_state.denoising
+        if rows is None:
+            return self._prefilled(input_batch)
+        nans = self._count_nans(logits, rows) if self.compute_nans else None
+        stepped = self._denoise(logits, rows)
+        self.stepper.tracer.end_forward(rows)
+        self._count_verified(logits.is_cuda)
+        rolled_back = self.model_state.num_rolled_back(rows, stepped)
+        output = SamplerOutput(
+            sampled_token_ids=stepped.tokens,
+            logprobs_tensors=logprobs.concatenate(stepped.logprobs, num_reqs),
+            num_nans=None if nans is None else nans.to(torch.int32),
+            num_sampled=stepped.num_tokens.to(torch.int32),
+            num_rejected=rolled_back.to(torch.int32),
+        )
+        index = rows.batch_index
+        if len(index) == num_reqs:
+            return output
+        batch = self._prefilled(input_batch)
+        for name in ("sampled_token_ids", "num_sampled", "num_rejected"):
+            values = _place(getattr(output, name), index, getattr(batch, name))
+            setattr(output, name, values)
+        if output.num_nans is not None:
+            none = torch.zeros_like(batch.num_sampled)
+            output.num_nans = _place(output.num_nans, index, none)
+        return output
+
+    def _prefilled(self, input_batch: InputBatch) -> SamplerOutput:
+        """Output of a batch in which no request denoises."""
+        num_reqs = input_batch.num_reqs
         # A prefill that ends inside a block goes back to the block's start: the
         # tail is forwarded again with the first canvas.
         num_rejected = input_batch.seq_lens[:num_reqs] % self.model_state.grid
         num_rejected = num_rejected.to(torch.int32)
-        tokens = torch.zeros(
-            (num_reqs, length), dtype=torch.int64, device=logits.device
-        )
-        num_sampled = torch.zeros_like(num_rejected)
-        num_nans = None
-        tensors = None
-        rows = self.model_state.denoising
-        if rows is not None:
-            index = rows.batch_index
-            if self.compute_nans:
-                nans = self._count_nans(logits, rows)
-                num_nans = _place(nans, index, torch.zeros_like(num_rejected))
-            stepped = self._denoise(logits, rows)
-            self.stepper.tracer.end_forward(rows)
-            self._count_verified(logits.is_cuda)
-            tokens = _place(stepped.tokens, index, tokens)
-            num_sampled = _place(stepped.num_tokens, index, num_sampled)
-            rolled_back = self.model_state.num_rolled_back(rows, stepped)
-            num_rejected = _place(rolled_back, index, num_rejected)
-            tensors = logprobs.concatenate(stepped.logprobs, num_reqs)
+        shape = num_reqs, self.geometry.block_length
         return SamplerOutput(
-            sampled_token_ids=tokens,
-            logprobs_tensors=tensors,
-            num_nans=num_nans,
-            num_sampled=num_sampled,
+            sampled_token_ids=torch.zeros(
+                shape, dtype=torch.int64, device=num_rejected.device
+            ),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=torch.zeros_like(num_rejected),
             num_rejected=num_rejected,
         )
 
