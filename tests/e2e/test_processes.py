@@ -82,13 +82,18 @@ def test_the_worker_shares_the_engine_cores_process(
 
 
 def test_all_cores_compute(engines: dict[str, EngineProcess]) -> None:
-    _, (worker,) = engines["default"].run(where)
+    # No request has come yet: this model is so small that one thread serves it.
+    default = engines["default"]
+    _, (worker,) = default.run(where)
     assert worker.threads == len(worker.cpus)
     # vLLM's own worker leaves one out, of so few.
     cores = len(os.sched_getaffinity(0))
     if 1 < cores < 8:
         _, (alone,) = engines["mp"].run(where)
         assert worker.threads > alone.threads
+    default.run(engine_calls.generate, [[1]], {"max_tokens": 1})
+    _, (worker,) = default.run(where)
+    assert worker.threads == 1
 
 
 def test_cores_that_are_named_are_the_ones(engines: dict[str, EngineProcess]) -> None:

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.utils import cpu_resource_utils
 from vllm.utils.cpu_resource_utils import LogicalCPUInfo
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from vllm_unmask.engine.executor import (
     MANY_CORES,
+    SMALL_FORWARD,
     InProcessExecutor,
     OneCallExecutor,
     compute_cores,
@@ -166,3 +169,33 @@ def test_which_cores_compute(
     )
     config: Any = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
     assert compute_cores(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "expected"),
+    [
+        (SMALL_FORWARD - 1, 1, 1),
+        (SMALL_FORWARD, 1, 3),
+        (32, SMALL_FORWARD // 32, 3),
+        (31, SMALL_FORWARD // 32, 1),
+    ],
+)
+def test_a_small_forward_has_one_thread(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, size: int, expected: int
+) -> None:
+    chosen = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    monkeypatch.setattr(torch._C, "set_num_threads", chosen.append)
+    ran = []
+    monkeypatch.setattr(
+        UniProcExecutor, "execute_model", lambda _, plan, non_block: ran.append(plan)
+    )
+    executor = object.__new__(InProcessExecutor)
+    executor.num_threads, executor.size = 3, size
+    executor.is_failed = True
+    plan: Any = SimpleNamespace(total_num_scheduled_tokens=tokens)
+    for _ in range(2):
+        executor.execute_model(plan)
+    # Told once: that costs torch its cache.
+    assert chosen == [2, expected]
+    assert ran == [plan, plan]

@@ -59,7 +59,6 @@ class Biases:
     def apply(
         self,
         logits: torch.Tensor,
-        positions: torch.Tensor,
         rows: "DenoisingRows",
         active: torch.Tensor,
         worded: bool,
@@ -74,7 +73,6 @@ class Biases:
 
         Args:
             logits: [requests * block, vocab].
-            positions: int64 [requests * block], absolute.
             rows: the requests.
             active: int64 [requests, block], what their blocks hold.
             worded: whether any of them has bad words.
@@ -101,7 +99,7 @@ class Biases:
                 expanded_local_pos=torch.zeros_like(slots, dtype=torch.int32),
                 input_ids=active.reshape(-1),
                 # vLLM's row i scores token i + 1, ours scores token i.
-                pos=positions - 1,
+                pos=rows.positions(length).view(-1) - 1,
                 seq_lens_upper_bound_np=np.zeros(0, dtype=np.int32),
             )
             logits = self.logit_bias.apply(logits, context)

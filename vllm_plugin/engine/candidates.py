@@ -32,7 +32,7 @@ class Candidates:
     def score(
         self,
         logits: torch.Tensor,
-        positions: torch.Tensor,
+        start: torch.Tensor,
         slots_np: np.ndarray[Any, Any],
         request_slots: torch.Tensor,
         first_step: int = 0,
@@ -45,7 +45,7 @@ class Candidates:
         Args:
             logits: [requests * block, vocab], banned tokens at -inf; of those the rows
                 in ``read``.
-            positions: int64 [requests * block], absolute.
+            start: int64 [requests], absolute position of the blocks.
             slots_np: int64 [requests] -> request slot.
             request_slots: the same on the device.
             first_step: added to the step that random draws depend on.
@@ -78,6 +78,8 @@ class Candidates:
         slots = None
         if sampled or not plain:
             slots = request_slots.repeat_interleave(length)
+            column = torch.arange(length, device=start.device)
+            positions = (start.unsqueeze(1) + column).view(-1)
             if read is not None:
                 slots, positions = slots[read], positions[read]
             sampling_rows = SamplingRows(

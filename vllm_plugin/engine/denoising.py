@@ -113,7 +113,7 @@ class Stepper:
         reach = self.answers.reach(rows, masked)
 
         # MASK is never a prediction: a revealed mask would loop forever.
-        raw_logits, positions = inputs.logits, rows.positions(length).view(-1)
+        raw_logits = inputs.logits
         raw_logits[:, mask_id] = -torch.inf
         worded = self.bad_words.concern(rows)
         members = self.grammars.members(rows.slots_np)
@@ -122,7 +122,7 @@ class Stepper:
         fused = any("credit" in group.fillers for group in groups)
         wide = bool(groups) or inputs.drafted is not None
         logits, constraints = self.biases.apply(
-            raw_logits, positions, rows, active, worded, grammar, fused, wide
+            raw_logits, rows, active, worded, grammar, fused, wide
         )
         strategy, device = None, active.device
         if groups:
@@ -135,14 +135,13 @@ class Stepper:
                 active,
                 masked,
                 reach,
-                positions,
                 self.sampling_states,
                 None if grammar is None else grammar.first_live(len(active), device),
             )
             strategy.read(logits)
         scores = self.candidates.score(
             logits,
-            positions,
+            rows.start,
             rows.slots_np,
             rows.slots,
             known=None if strategy is None else strategy.known,
@@ -300,9 +299,9 @@ class Stepper:
             logits[:, mask_id] = -torch.inf
             self.grammars.silence(logits, slots_np)
             index = async_tensor_h2d(rows.ahead.rows, device=logits.device)
-            positions = (rows.positions(length)[index] + length).view(-1)
+            start = rows.start[index] + length
             scores = self.candidates.score(
-                logits, positions, slots_np, rows.slots[index], AHEAD_STEPS
+                logits, start, slots_np, rows.slots[index], AHEAD_STEPS
             )
             following.unmask(
                 np.searchsorted(chosen, rows.ahead.rows),

@@ -24,6 +24,9 @@ logger = init_logger("vllm.vllm_unmask.engine.executor")
 
 # With fewer cores than this the one that vLLM reserves is too much to leave out.
 MANY_CORES = 8
+# Multiplications of a forward pass (estimated) below which one thread is faster: the
+# others would spend the time waking up and waiting for each other.
+SMALL_FORWARD = 1 << 27
 
 
 def compute_cores(vllm_config: VllmConfig) -> list[int]:
@@ -47,7 +50,8 @@ class InProcessExecutor(UniProcExecutor):
 
     vLLM's CPU platform starts a process for it because OpenMP is set up by environment
     variables. Here the library that is already loaded is told, and its threads, which
-    start later, inherit the CPUs of the one that starts them.
+    start later, inherit the CPUs of the one that starts them. A small forward pass is
+    done by one thread.
     """
 
     def _init_executor(self) -> None:
@@ -56,7 +60,23 @@ class InProcessExecutor(UniProcExecutor):
                 os.sched_setaffinity(0, cores)
             torch.set_num_threads(len(cores))
             logger.info("The engine core computes on the CPUs %s itself.", cores)
+        self.num_threads = torch.get_num_threads()
+        model = self.vllm_config.model_config
+        layers = model.get_num_layers(self.vllm_config.parallel_config)
+        # Four matrices of attention, and an MLP of eight.
+        self.size = 12 * layers * model.get_hidden_size() ** 2
         super()._init_executor()
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | None | Future[ModelRunnerOutput | None]:
+        size = scheduler_output.total_num_scheduled_tokens * self.size
+        number = 1 if size < SMALL_FORWARD else self.num_threads
+        if number != torch.get_num_threads():
+            # vLLM has replaced `torch.set_num_threads` by a warning. Between one and
+            # all of them OpenMP neither ends threads nor starts any.
+            torch._C.set_num_threads(number)
+        return super().execute_model(scheduler_output, non_block)
 
 
 def execute_and_sample(worker: Any, scheduler_output: SchedulerOutput) -> Any:

@@ -236,7 +236,7 @@ class BlockDiffusionModelState(ModelState):
             if prefills:
                 (input_batch.logits_indices,) = prefills
             return {}
-        length = self.geometry.block_length
+        length, mask_token_id = self.geometry
         batch_index = np.flatnonzero(num_drafts)
         slots_np = input_batch.idx_mapping_np[batch_index]
         query_len = input_batch.num_scheduled_tokens[batch_index]
@@ -279,9 +279,11 @@ class BlockDiffusionModelState(ModelState):
         asked = int(input_batch.has_structured_output_reqs)
         self.verifier.begin(slots_np, bool(asked & Asked.DRAFT))
         logits_rows = [input_batch.logits_indices]
-        looking = np.flatnonzero(self.strategies.looks_ahead(slots_np))
+        whole = self.strategies.reads_all[slots_np].any()
         ahead = speculating = None
-        if len(looking):
+        if whole and len(
+            looking := np.flatnonzero(self.strategies.looks_ahead(slots_np))
+        ):
             end = query_len + input_batch.query_start_loc_np[batch_index]
             ahead, rows = read_ahead(looking, num_open, to_device(end), length)
             logits_rows.append(rows)
@@ -291,14 +293,15 @@ class BlockDiffusionModelState(ModelState):
         read = None
         # A GPU alone knows the masks, and would have to be waited for.
         on_host = self.device.type == "cpu" and self.carry is None
-        whole = len(logits_rows) > 1 or self.strategies.reads_all[slots_np].any()
-        whole = whole or len(self.verifier.now) > 0
+        whole = whole or len(logits_rows) > 1 or len(self.verifier.now) > 0
         if on_host and not whole:
-            ids = input_batch.input_ids[logits_rows[0]].view(-1, length)
+            open_rows = logits_rows[0].numpy()
+            masked = input_batch.input_ids.numpy()[open_rows] == mask_token_id
             members = self.grammars.members(slots_np)
-            read = positions_read(ids == self.geometry.mask_token_id, members)
-            if read is not None:
-                logits_rows = [logits_rows[0][read]]
+            read_np = positions_read(masked.reshape(-1, length), members)
+            if read_np is not None:
+                read = torch.from_numpy(read_np)
+                logits_rows = [torch.from_numpy(open_rows[read_np])]
         if self.carry is not None:
             fixed = self.states.canvas.num_fixed[slots]
             logits_rows = self.carry.read_canvases(

@@ -98,19 +98,19 @@ class StepLogits(NamedTuple):
 
 
 def positions_read(
-    masked: torch.Tensor, members: "list[tuple[int, GrammarRequest]]"
-) -> torch.Tensor | None:
+    masked: np.ndarray[Any, Any], members: "list[tuple[int, GrammarRequest]]"
+) -> np.ndarray[Any, Any] | None:
     """Positions that a step of plain requests reads, as `DenoisingRows.read`.
 
     Masks, and what a grammar may still take back. The head is a large part of a
     forward, and half of the positions of a block are known on average.
 
     Args:
-        masked: bool [requests, block], on the host; changed.
+        masked: bool [requests, block]; changed.
         members: rows of the requests that have a grammar, and these.
     """
     for row, request in members:
         first = 0 if request.state is None else request.frontier
         masked[row, min(first, masked.shape[1] - 1) :] = True
-    read = masked.view(-1).nonzero().squeeze(1)
-    return read if 0 < len(read) < masked.numel() else None
+    read = np.flatnonzero(masked)
+    return read if 0 < len(read) < masked.size else None

@@ -226,7 +226,6 @@ class Drafts:
             stepper.tracer.candidates(rows.slots_np[index], candidates.count)
         where = async_tensor_h2d(index, device=self.device)
         slots, start = rows.slots[where], rows.start[where]
-        column = torch.arange(length, device=self.device)
         canvas, counters = stepper.canvas, stepper.grammars.counters
         used = torch.zeros(logits.shape[:2], dtype=torch.bool, device=self.device)
         inside = closing = torch.zeros_like(slots, dtype=torch.bool)
@@ -276,7 +275,7 @@ class Drafts:
             flat[:, self.geometry.mask_token_id] = -torch.inf
             guessed = stepper.candidates.score(
                 flat,
-                (start[which].unsqueeze(1) + column).view(-1),
+                start[which],
                 rows.slots_np[index[chosen]],
                 slots[which],
             )

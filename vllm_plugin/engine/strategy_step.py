@@ -45,7 +45,6 @@ class StrategyStep:
         active: int64 [requests, block], their blocks before the step.
         masked: bool [requests, block], positions to be unmasked.
         reach: bool [requests, block], those that may be unmasked now; None: all.
-        positions: int64 [requests * block], absolute.
         sampling: vLLM's sampling parameters of all slots.
         first_live: int64 [requests], column before which the grammar has verified.
     """
@@ -60,7 +59,6 @@ class StrategyStep:
         active: torch.Tensor,
         masked: torch.Tensor,
         reach: torch.Tensor | None,
-        positions: torch.Tensor,
         sampling: Any,
         first_live: torch.Tensor | None,
     ) -> None:
@@ -68,7 +66,7 @@ class StrategyStep:
         self.canvas = canvas
         self.active, self.masked, self.reach = active, masked, reach
         self.length, self.mask_id = strategies.geometry
-        self.positions = positions.view(-1, self.length).long()
+        self.positions = rows.positions(self.length).long()
         self.rows = rows
         self.sampling = sampling
         self.first_live = first_live

@@ -68,6 +68,7 @@ class SubBlocks:
         self.first_alone = first_alone
         # Slot -> positions of a sub-block, 0 where every step forwards whole blocks.
         self.length = np.zeros(len(states.canvas.ids), np.int64)
+        self.used = False  # whether any request has ever had sub-blocks
         # Of the requests of this step that keep them: row of those that denoise, and
         # the sub-block that they visit, int64 [requests, 1].
         self.members: Array = np.zeros(0, np.int64)
@@ -79,10 +80,12 @@ class SubBlocks:
         length = self.states.geometry.block_length
         keeps = options.value("cache") == "sub_block"
         self.length[slot] = sub_block_length(options, length) if keeps else 0
+        self.used |= keeps
 
     def locate(self, batch: InputBatch) -> PartialQueries | None:
         """Which queries of a batch have a part of a block; None for none."""
-        if batch.num_draft_tokens_per_req is None:  # a dummy batch
+        # A dummy batch has no drafts.
+        if not self.used or batch.num_draft_tokens_per_req is None:
             return None
         keeps = self.length[batch.idx_mapping_np] > 0
         index = np.flatnonzero(keeps & (batch.num_draft_tokens_per_req > 0))
@@ -125,6 +128,8 @@ class SubBlocks:
         Returns:
             The same as they are.
         """
+        if not self.used:
+            return rows
         self.plans = req_states.draft_tokens
         self.members = np.flatnonzero(self.length[rows.slots_np])
         if not len(self.members):

@@ -135,6 +135,9 @@ class Verifier:
             slots_np: int64 [requests] -> request slot, those that denoise.
             may_draft: whether throttled requests verify.
         """
+        if not self.slots:
+            self.now, self.counted = np.zeros(0, np.int64), None
+            return
         mine = self.mine[slots_np]
         if self.adaptive:
             self.counted = self.throttled[slots_np]

@@ -189,9 +189,7 @@ class VerificationStep:
         ready, ids = self.drafted.ready, self.drafted.ids
         logits[:, self.mask_id] = -torch.inf
         some = self.rows.choose(self.drafted.rows, self.start, self.length)
-        logits, _ = stepper.biases.apply(
-            logits, self.positions.flatten(), some, ids, self.worded, None, False
-        )
+        logits, _ = stepper.biases.apply(logits, some, ids, self.worded, None, False)
         members = stepper.grammars.members(some.slots_np)
         if members:
             GrammarStep(stepper.grammars, members).constrain_draft(logits, ids, ready)
