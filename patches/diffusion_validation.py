@@ -11,7 +11,6 @@ from vllm_unmask.options import (
     DecodingOptions,
     OptionError,
     parse_request_options,
-    require_candidates_fit,
     server_options_from_dict,
 )
 from vllm_unmask.patches import Guard, Patch, Replacement
@@ -19,6 +18,7 @@ from vllm_unmask.patches.served import served_record
 from vllm_unmask.requirements import (
     require_answer_fit,
     require_attention_fit,
+    require_candidates_fit,
     require_filter,
     require_parts_scheduled,
     require_seeds_fit,
@@ -91,7 +91,7 @@ def _validate_ours(params: Any, record: Mapping[str, Any]) -> None:
         require_filter(options, record["filter"], REQUEST_PREFIX)
         require_attention_fit(options, record["attention"], REQUEST_PREFIX)
         require_candidates_fit(
-            server, record["verify_windows"], options, REQUEST_PREFIX
+            server.max_candidates, record["verify_windows"], options, REQUEST_PREFIX
         )
         require_parts_scheduled(
             options, server.layout, record["synchronous"], REQUEST_PREFIX

@@ -451,3 +451,19 @@ def test_what_needs_a_final_cache_is_not_for_full_attention(strategy: str) -> No
     with pytest.raises(OptionError, match="strategy=.*every position sees every other"):
         require_attention_fit(options, "full")
     require_attention_fit(DecodingOptions(strategy="freedave"), "full")
+
+
+def test_what_was_read_before_decides_only_about_its_like() -> None:
+    defaults = DecodingOptions()
+    for _ in range(2):
+        read = parse_request_options({"unmask_steps": 1}, defaults, 8)
+        assert read.steps == 1 and type(read.steps) is int
+        for other in (1.0, True, "1", [1], {"steps": 1}):
+            with pytest.raises(OptionError, match="unmask_steps"):
+                parse_request_options({"unmask_steps": other}, defaults, 8)
+    # The same keys on another server.
+    other = DecodingOptions(strategy="static")
+    assert parse_request_options({"unmask_steps": 1}, other, 8).strategy == "static"
+    with pytest.raises(OptionError, match="block length"):
+        parse_request_options({"unmask_steps": 9}, defaults, 8)
+    assert parse_request_options({"unmask_steps": 9}, defaults, 16).steps == 9

@@ -165,7 +165,10 @@ def _vllm_state(missing: list[str]) -> dict[str, Any]:
         )
     state["triton_usable"] = HAS_TRITON
     kernels = "Triton" if HAS_TRITON else "CPU overrides"
-    state["runner"] = f"Model Runner V2 for our models, kernels: {kernels}"
+    place = "the engine core's process"
+    state["runner"] = (
+        f"Model Runner V2 for our models, kernels: {kernels}, one worker: in {place}"
+    )
     return state
 
 

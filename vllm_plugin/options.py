@@ -203,43 +203,6 @@ def require_steps_fit(
             )
 
 
-def require_candidates_fit(
-    server: ServerOptions,
-    to_verify: int,
-    options: DecodingOptions | None = None,
-    prefix: str = "",
-) -> None:
-    """Check that a request speculates no further than its server.
-
-    Args:
-        server: the server's options, `max_candidates` set.
-        to_verify: canvases besides its own in which a request verifies.
-        options: a request's; its default's if None.
-        prefix: of the request's keys.
-
-    Raises:
-        OptionError: `candidates` is larger than `max_candidates`, or that leaves no
-            room for a verification.
-
-    """
-    options, most = options or server.decoding, server.max_candidates
-    if "s2d2" in options.fillers and most is not None and most <= to_verify:
-        raise refused(
-            prefix + "strategy",
-            options.strategy,
-            "another strategy, or a server with max_candidates of at least "
-            f"{to_verify + 1}, not {most}",
-            "verifies in rows that this server does not have",
-        )
-    wanted = options.candidates
-    if wanted is not None and most is not None and wanted > most:
-        raise refused(
-            prefix + "candidates",
-            wanted,
-            f"an integer from 1 to {most}, the server's max_candidates",
-        )
-
-
 def parse_request_options(
     extra_args: Mapping[str, Any] | None,
     defaults: DecodingOptions,

@@ -167,6 +167,39 @@ def require_parts_scheduled(
         )
 
 
+def require_candidates_fit(
+    most: int | None, to_verify: int, options: DecodingOptions, prefix: str = ""
+) -> None:
+    """Check that a request speculates no further than its server.
+
+    Args:
+        most: the server's `max_candidates`.
+        to_verify: canvases besides its own in which a request verifies.
+        options: a request's or a server's.
+        prefix: of the request's keys.
+
+    Raises:
+        OptionError: `candidates` is larger than `most`, or that leaves no room for a
+            verification.
+
+    """
+    if "s2d2" in options.fillers and most is not None and most <= to_verify:
+        raise refused(
+            prefix + "strategy",
+            options.strategy,
+            "another strategy, or a server with max_candidates of at least "
+            f"{to_verify + 1}, not {most}",
+            "verifies in rows that this server does not have",
+        )
+    wanted = options.candidates
+    if wanted is not None and most is not None and wanted > most:
+        raise refused(
+            prefix + "candidates",
+            wanted,
+            f"an integer from 1 to {most}, the server's max_candidates",
+        )
+
+
 def require_throttle_fit(
     max_candidates: int, to_verify: int, attention: str, synchronous: bool
 ) -> None:

@@ -19,7 +19,7 @@ from vllm_unmask.engine.executor import (
     compute_cores,
     execute_and_sample,
 )
-from vllm_unmask.families import config_hook
+from vllm_unmask.families import cpu_config
 
 
 class Recorder(OneCallExecutor):
@@ -94,8 +94,8 @@ def test_a_step_without_a_forward_is_not_sampled() -> None:
     ("backend", "processes", "cpu", "expected"),
     [
         # What vLLM writes for one worker and turns into "mp" on the CPU.
-        ("uni", "1", True, config_hook.IN_PROCESS),
-        ("mp", "1", True, config_hook.ONE_CALL),
+        ("uni", "1", True, cpu_config.IN_PROCESS),
+        ("mp", "1", True, cpu_config.ONE_CALL),
         ("uni", "0", True, "uni"),
         ("uni", "1", False, "uni"),
         ("mp", "1", False, "mp"),
@@ -111,17 +111,17 @@ def test_who_gets_which(
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
     platform = SimpleNamespace(is_cpu=lambda: cpu)
-    monkeypatch.setattr(config_hook, "current_platform", platform)
+    monkeypatch.setattr(cpu_config, "current_platform", platform)
     parallel = SimpleNamespace(distributed_executor_backend=backend)
-    config_hook._set_executor(SimpleNamespace(parallel_config=parallel))  # type: ignore[arg-type]
+    cpu_config.set_executor(SimpleNamespace(parallel_config=parallel))  # type: ignore[arg-type]
     assert parallel.distributed_executor_backend == expected
 
 
 @pytest.mark.parametrize(
     ("path", "executor"),
     [
-        (config_hook.IN_PROCESS, InProcessExecutor),
-        (config_hook.ONE_CALL, OneCallExecutor),
+        (cpu_config.IN_PROCESS, InProcessExecutor),
+        (cpu_config.ONE_CALL, OneCallExecutor),
     ],
 )
 def test_their_names_are_their_own(path: str, executor: type) -> None:

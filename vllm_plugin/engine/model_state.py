@@ -280,17 +280,15 @@ class BlockDiffusionModelState(ModelState):
         self.verifier.begin(slots_np, bool(asked & Asked.DRAFT))
         logits_rows = [input_batch.logits_indices]
         whole = self.strategies.reads_all[slots_np].any()
-        ahead = speculating = None
-        if whole and len(
-            looking := np.flatnonzero(self.strategies.looks_ahead(slots_np))
-        ):
+        ahead = speculating = read = None
+        looking = self.strategies.looking_ahead(slots_np) if whole else batch_index[:0]
+        if len(looking):
             end = query_len + input_batch.query_start_loc_np[batch_index]
             ahead, rows = read_ahead(looking, num_open, to_device(end), length)
             logits_rows.append(rows)
         if windows is not None:
             speculating, rows = self.drafts.read(batch_index, windows, input_batch)
             logits_rows.append(rows)
-        read = None
         # A GPU alone knows the masks, and would have to be waited for.
         on_host = self.device.type == "cpu" and self.carry is None
         whole = whole or len(logits_rows) > 1 or len(self.verifier.now) > 0

@@ -209,9 +209,9 @@ class Strategies:
             dict(zip(_COLUMNS, columns.unbind(0), strict=True)),
         )
 
-    def looks_ahead(self, slots_np: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """bool [requests]: the request unmasks in its next block."""
-        return self._with("lookahead")[self.kind[slots_np]]
+    def looking_ahead(self, slots_np: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Rows of the requests that unmask in their next block, int64."""
+        return np.flatnonzero(self._with("lookahead")[self.kind[slots_np]])
 
     def threshold_ahead(self, slots_np: np.ndarray[Any, Any]) -> torch.Tensor:
         """float32 [requests]: confidence that a token of the next block needs."""

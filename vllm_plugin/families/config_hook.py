@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
@@ -15,19 +14,20 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_unmask.families import ON_SERVED, family_of
+from vllm_unmask.families.cpu_config import set_executor
 from vllm_unmask.families.full_config import prepare_full_attention
 from vllm_unmask.families.streaming_config import prepare_streaming
 from vllm_unmask.limits import refused
 from vllm_unmask.options import (
     ServerOptions,
     parse_server_options,
-    require_candidates_fit,
     require_steps_fit,
     server_options_to_dict,
 )
 from vllm_unmask.requirements import (
     require_answer_fit,
     require_attention_fit,
+    require_candidates_fit,
     require_filter,
     require_parts_scheduled,
     require_throttle_fit,
@@ -39,8 +39,6 @@ MAX_BLOCK_LENGTH = 256
 # Rows of a request that a forward checks when it speculates, unless told otherwise.
 CANDIDATE_ROWS = 128
 SCHEDULER = "vllm_unmask.engine.schedulers.create_scheduler"
-IN_PROCESS = "vllm_unmask.engine.executor.InProcessExecutor"
-ONE_CALL = "vllm_unmask.engine.executor.OneCallExecutor"
 
 
 class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
@@ -74,7 +72,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         # Windows in which a draft is verified: the block as drafted, and, where its
         # rows do not score what comes after them, masks.
         to_verify = 1 if shifted else 2
-        require_candidates_fit(options, to_verify)
+        require_candidates_fit(max_candidates, to_verify, options.decoding)
         if options.adaptive_verification:
             require_throttle_fit(max_candidates, to_verify, attention, synchronous)
         hf_config.canvas_length = block_length
@@ -107,7 +105,7 @@ class BlockDiffusionConfigHook(VerifyAndUpdateConfig):
         elif attention == "block_causal":
             _set_page_size(vllm_config, block_length)
         _set_scheduler(vllm_config, rows)
-        _set_executor(vllm_config)
+        set_executor(vllm_config)
         vllm_config.attention_config.use_non_causal = attention != "causal"
         for prepare in ON_SERVED:
             prepare()
@@ -334,19 +332,3 @@ def _set_scheduler(vllm_config: VllmConfig, rows: int) -> None:
             scheduler.max_num_seqs * rows,
             scheduler.max_num_batched_tokens,
         )
-
-
-def _set_executor(vllm_config: VllmConfig) -> None:
-    """On a CPU, keep messages between processes out of a step.
-
-    vLLM's default, "uni" for one worker, becomes "mp" later there. With the engine in
-    one process, or an executor of the user's, nothing is changed.
-    """
-    if not current_platform.is_cpu():
-        return
-    parallel = vllm_config.parallel_config
-    backend = parallel.distributed_executor_backend
-    if backend == "mp":
-        parallel.distributed_executor_backend = ONE_CALL
-    elif backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-        parallel.distributed_executor_backend = IN_PROCESS
