@@ -144,8 +144,11 @@ def chat_with_triton(
 
 def chat_counting_logits(
     llm: Any, prompts: list[str], params: list[dict[str, Any]], every: bool
-) -> tuple[list[dict[str, Any]], int]:
-    """``chat``, and the logits rows that it took; of every position or as always."""
+) -> tuple[list[dict[str, Any]], int, int]:
+    """``chat``, of every position or as always; and two counts.
+
+    Logits rows, and steps in which some were to be left out.
+    """
     from vllm_unmask.engine import model_state
 
     num_rows = 0
@@ -157,12 +160,14 @@ def chat_counting_logits(
         num_rows += len(hidden)
         return original(hidden)
 
-    choose = mock.Mock(return_value=None) if every else model_state.positions_read
+    choose = mock.Mock(side_effect=model_state.positions_read)
+    if every:
+        choose = mock.Mock(return_value=None)
     with (
         mock.patch.object(runner.model, "compute_logits", compute_logits),
         mock.patch.object(model_state, "positions_read", choose),
     ):
-        return chat(llm, prompts, params), num_rows
+        return chat(llm, prompts, params), num_rows, choose.call_count
 
 
 def chat_with_slow_compiler(

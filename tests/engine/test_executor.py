@@ -160,12 +160,15 @@ def test_which_cores_compute(
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     monkeypatch.setattr(cpu_resource_utils, "get_allowed_cpu_list", lambda: machine)
     nodes = sorted({cpu.numa_node for cpu in machine})
-    monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: nodes)
+    monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda *_: nodes)
     monkeypatch.setattr(
         type(current_platform), "get_cpu_architecture", lambda *_: CpuArchEnum.X86
     )
     parallel = SimpleNamespace(
-        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1
+        local_world_size=1,
+        data_parallel_rank_local=None,
+        _api_process_count=1,
+        assigned_physical_gpu_ids=None,
     )
     config: Any = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
     assert compute_cores(config) == expected
