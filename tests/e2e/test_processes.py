@@ -14,6 +14,8 @@ from checkpoints import EOS, sdar_config, write_checkpoint
 from engine_process import EngineProcess
 from vllm.platforms import current_platform
 
+from vllm_unmask.engine.executor import SMALL_FORWARD
+
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
@@ -103,7 +105,11 @@ def test_cores_that_are_named_are_the_ones(engines: dict[str, EngineProcess]) ->
 
 def test_tokens_do_not_depend_on_it(engines: dict[str, EngineProcess]) -> None:
     draw = random.Random(0)
-    prompts = [[draw.randrange(EOS) for _ in range(n)] for n in (1, 3, 8, 17, 33)]
+    # Together they are a forward that threads share, and the steps behind it are not.
+    lengths = (1, 3, 8, 17, 33, 200, 210, 220)
+    prompts = [[draw.randrange(EOS) for _ in range(n)] for n in lengths]
+    size = 12 * sdar_config()["num_hidden_layers"] * sdar_config()["hidden_size"] ** 2
+    assert sum(lengths) * size > SMALL_FORWARD
     params = {"max_tokens": 24, "temperature": 1, "seed": 3, "logprobs": 1}
     outputs = {
         name: engine.run(engine_calls.generate, prompts, params)

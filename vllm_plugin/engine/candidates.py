@@ -106,13 +106,13 @@ class Candidates:
         )
         if read is not None:
             size = len(request_slots) * length
-            tokens, confidence, order = flat
-            # Of plain requests the last two are one tensor.
-            spread = {
-                id(x): x.new_zeros(size).index_copy_(0, read, x)
-                for x in ((tokens, confidence) if order is confidence else flat)
-            }
-            flat = Scores(*(spread[id(x)] for x in flat))
+            tokens, confidence = (
+                x.new_zeros(size).index_copy_(0, read, x) for x in flat[:2]
+            )
+            order = confidence  # of plain requests one tensor
+            if flat.order is not flat.confidence:
+                order = flat.order.new_zeros(size).index_copy_(0, read, flat.order)
+            flat = Scores(tokens, confidence, order)
         return self._never_mask(Scores(*(x.view(-1, length) for x in flat)))
 
     def _never_mask(self, scores: Scores) -> Scores:
