@@ -21,6 +21,7 @@ COPIES = 2  # noisy copies per clean sequence: the costly prompt part is shared
 BLOCK_SHARES = {
     8: {8: 0.7, 4: 0.1, 2: 0.05, 1: 0.15},
     16: {16: 0.8, 8: 0.1, 4: 0.05, 1: 0.05},
+    32: {32: 0.8, 16: 0.1, 8: 0.05, 1: 0.05},
 }
 # Blocks with every answer token masked: how each block starts when it is decoded.
 # A threshold unmasks several tokens there, so sureness has to be right there first.

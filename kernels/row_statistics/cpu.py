@@ -18,6 +18,7 @@ from vllm_unmask.kernels.jit import compiled
 from vllm_unmask.kernels.row_statistics.cpu_chunks import (
     CHUNK,
     KINDS,
+    PART,
     ROW,
     Array,
     Row,
@@ -68,11 +69,11 @@ def survey(
     for chunk in range(len(sums)):
         start = chunk * CHUNK
         count = fetch(row, vocab, start, bits)
-        top = largest(bits[:count])
+        top = largest(bits, count)
         if top > second:
-            place = place_of(x[:count], top)
+            place = place_of(x, top)
             x[place] = low
-            runner = largest(bits[:count])
+            runner = largest(bits, count)
             x[place] = top
             if top > peak:
                 shift = np.float64(peak - top) * scale
@@ -87,7 +88,7 @@ def survey(
                 break
         sums[chunk], peaks[chunk] = 0.0, peak
         if top > low:
-            weights, logs = absorb(x[:count], peak, scale)
+            weights, logs = absorb(x, np.uint64(0), np.uint64(count), peak, scale)
             sums[chunk] = weights
             total += weights
             doubt += logs
@@ -126,8 +127,14 @@ def draw(
     bits = np.empty(CHUNK, np.uint32)
     x = bits.view(np.float32)
     count = fetch(row, vocab, chosen * CHUNK, bits)
-    token = 0
-    for place in range(count):
+    first, token = 0, 0
+    for part in range(0, count - PART, PART):
+        share, _ = absorb(x, np.uint64(part), np.uint64(PART), peak, scale)
+        if before + share > target:
+            break
+        before += share
+        first = part + PART
+    for place in range(first, count):
         share = weight((x[place] - peak) * scale)
         if share > 0:
             token = place

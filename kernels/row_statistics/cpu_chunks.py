@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loops over one chunk of a row of logits, each of which LLVM makes a vector loop of.
 
+They take whole arrays and a count: a part of an array costs what it counts its users
+with, and a chunk has few cycles.
+
 A row is what the fields of `ROW` are: its 16 bit words, the index of their type in
 `KINDS`, the banned token or -1, a bitmask of all rows and one of its own, either of
 them possibly empty, the biased tokens and their biases.
@@ -29,9 +32,11 @@ ROW = (
     "Tuple((uint16[::1], int64, int64, int32[::1], int32[::1], int64[::1],"
     " float32[::1]))"
 )
-# Measured: its float32 are a quarter of a first-level cache. A multiple of 32, the bits
-# of a word.
-CHUNK = 2048
+# Measured: its float32 are a half or a third of a first-level cache. A multiple of 32,
+# the bits of a word, and of `PART`.
+CHUNK = 4096
+# What a search reads one by one.
+PART = 128
 
 _BFLOAT16, _FLOAT16, _FLOAT32 = range(3)
 _BELOW = np.uint32(0xFF800000)  # -inf
@@ -80,15 +85,17 @@ def weight(power: Scalar) -> Scalar:
 
 
 @compiled(
-    "Tuple((float32, float32))(float32[::1], float32, float32)",
+    "Tuple((float32, float32))(float32[::1], uint64, uint64, float32, float32)",
     # A sum is vectorised only where its terms may be taken in any order.
     fastmath={"nnan", "nsz", "contract", "reassoc"},
 )
-def absorb(x: Array, peak: Scalar, scale: Scalar) -> tuple[Scalar, Scalar]:
+def absorb(
+    x: Array, start: Scalar, count: Scalar, peak: Scalar, scale: Scalar
+) -> tuple[Scalar, Scalar]:
     """Sum of weights ``w = 2 ** (scale * (x - peak))``, and of ``w * log2(w)``."""
     total = doubt = np.float32(0.0)
-    for i in range(len(x)):
-        power = (x[i] - peak) * scale
+    for i in range(count):
+        power = (x[start + i] - peak) * scale
         w = weight(power)
         total += w
         # A weight of 0 has no logarithm.
@@ -96,17 +103,17 @@ def absorb(x: Array, peak: Scalar, scale: Scalar) -> tuple[Scalar, Scalar]:
     return total, doubt
 
 
-@compiled("float32(uint32[::1])")
-def largest(bits: Array) -> Scalar:
+@compiled("float32(uint32[::1], int64)")
+def largest(bits: Array, count: int) -> Scalar:
     """The largest of float32 given by their bits.
 
     As integers, because LLVM makes no vector loop of a maximum of floats.
     """
-    signed = bits.view(np.int32)
     top = np.int32(-(2**31))
-    for i in range(len(signed)):
+    for i in range(count):
+        signed = np.int32(bits[i])
         # Orders negative floats, whose bits grow downwards.
-        key = signed[i] ^ ((signed[i] >> 31) & np.int32(0x7FFFFFFF))
+        key = signed ^ ((signed >> 31) & np.int32(0x7FFFFFFF))
         top = max(top, np.int32(key))
     return _float_of(np.int32(top ^ ((top >> 31) & np.int32(0x7FFFFFFF))))
 
@@ -115,23 +122,31 @@ def largest(bits: Array) -> Scalar:
 def place_of(x: Array, value: Scalar) -> int:
     """First index of a value that is there."""
     place = 0
+    while place + PART <= len(x):
+        # As a sum, which is a vector loop; a search is none.
+        found = 0
+        for i in range(place, place + PART):
+            found += x[i] == value
+        if found > 0:
+            break
+        place += PART
     while x[place] != value:
         place += 1
     return place
 
 
-@compiled("void(uint16[::1], uint32[::1])")
-def _widen_bfloat16(words: Array, bits: Array) -> None:
-    for i in range(len(words)):
-        word = np.uint32(words[i]) << np.uint32(16)
+@compiled("void(uint16[::1], uint64, uint64, uint32[::1])")
+def _widen_bfloat16(words: Array, start: Scalar, count: Scalar, bits: Array) -> None:
+    for i in range(count):
+        word = np.uint32(words[start + i]) << np.uint32(16)
         nan = np.uint32(word) & ~_SIGN > _INFINITE
         bits[i] = _BELOW if nan else word
 
 
-@compiled("void(uint16[::1], uint32[::1])")
-def _widen_float16(words: Array, bits: Array) -> None:
-    for i in range(len(words)):
-        word = np.int32(words[i])
+@compiled("void(uint16[::1], uint64, uint64, uint32[::1])")
+def _widen_float16(words: Array, start: Scalar, count: Scalar, bits: Array) -> None:
+    for i in range(count):
+        word = np.int32(words[start + i])
         # Its exponent starts 112 lower. Multiplying also widens denormals.
         size = np.int32(word & 0x7FFF)
         value = _float_of(np.int32(size << 13)) * np.float32(2.0**112)
@@ -147,22 +162,29 @@ def _copy_float32(words: Array, bits: Array) -> None:
         bits[i] = _BELOW if nan else words[i]
 
 
-@compiled("void(int32[::1], int32[::1], int64, uint32[::1])")
-def _ban(static: Array, mask: Array, start: int, bits: Array) -> None:
-    """Ban what either of two bitmasks does not allow, an empty one nothing."""
-    for first in range(0, len(bits), 32):
-        word = np.int32(-1)
-        if len(static) > 0:
-            word &= static[(start + first) // 32]
-        if len(mask) > 0:
-            word &= mask[(start + first) // 32]
+@compiled("void(int32[::1], int64, int64, uint32[::1])")
+def _ban(mask: Array, start: int, count: int, bits: Array) -> None:
+    """Ban what a bitmask does not allow."""
+    begin, end = start // 32, (start + count + 31) // 32
+    everything = np.int32(-1)
+    for i in range(begin, end):
+        everything &= mask[i]
+    if everything == -1:
+        return
+    for i in range(begin, end):
+        word = mask[i]
         # Most words are all allowed or all banned.
+        if word == -1:
+            continue
+        first = i * 32 - start
+        stop = min(first + 32, count)
         if word == 0:
-            bits[first : first + 32] = _BELOW
-        elif word != -1:
-            part = bits[first : first + 32]
-            for k in range(len(part)):
-                part[k] = part[k] if (word >> k) & 1 else _BELOW
+            for place in range(first, stop):
+                bits[place] = _BELOW
+        else:
+            for place in range(first, stop):
+                allowed = (word >> (place - first)) & 1
+                bits[place] = bits[place] if allowed else _BELOW
 
 
 @compiled(f"int64({ROW}, int64, int64, uint32[::1])")
@@ -180,20 +202,22 @@ def fetch(row: Row, vocab: int, start: int, bits: Array) -> int:
     """
     words, kind, mask_id, static, mask, tokens, biases = row
     stop = min(start + CHUNK, vocab)
-    part = bits[: stop - start]
+    count = stop - start
     if kind == _BFLOAT16:
-        _widen_bfloat16(words[start:stop], part)
+        _widen_bfloat16(words, np.uint64(start), np.uint64(count), bits)
     elif kind == _FLOAT16:
-        _widen_float16(words[start:stop], part)
+        _widen_float16(words, np.uint64(start), np.uint64(count), bits)
     else:
-        _copy_float32(words[2 * start : 2 * stop].view(np.uint32), part)
+        _copy_float32(words[2 * start : 2 * stop].view(np.uint32), bits)
     if len(tokens) > 0:
-        x = part.view(np.float32)
+        x = bits.view(np.float32)
         for i in range(len(tokens)):
             if start <= tokens[i] < stop:
                 x[tokens[i] - start] += biases[i]
-    if len(static) > 0 or len(mask) > 0:
-        _ban(static, mask, start, part)
+    if len(static) > 0:
+        _ban(static, start, count, bits)
+    if len(mask) > 0:
+        _ban(mask, start, count, bits)
     if start <= mask_id < stop:
-        part[mask_id - start] = _BELOW
-    return stop - start
+        bits[mask_id - start] = _BELOW
+    return count
