@@ -21,6 +21,8 @@ checks it. A tensor of another dtype or layout raises TypeError.
 import torch
 
 from vllm_unmask.kernels.canvas import cpu
+from vllm_unmask.kernels.canvas.cpu_step import greedy_step as _greedy_step
+from vllm_unmask.kernels.row_statistics.cpu import layout_of
 
 Canvas = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Strategy = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -168,6 +170,59 @@ def close_blocks(
         slots.numpy(),
         width.numpy(),
         active.numpy(),
+        mask_id,
+        tokens.numpy(),
+        num_tokens.numpy(),
+    )
+    return tokens, num_tokens
+
+
+def greedy_step(
+    canvas: Canvas,
+    strategy: Strategy,
+    slots: torch.Tensor,
+    width: torch.Tensor,
+    logits: torch.Tensor,
+    read: torch.Tensor | None,
+    mask_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole step of greedy requests that order by confidence, as one loop.
+
+    What `open_blocks`, `row_statistics` (which bans the mask), `accept` and
+    `close_blocks` do one after the other.
+
+    Args:
+        canvas: state of all slots, changed in place.
+        strategy: the rule of each slot.
+        slots: see above.
+        width: see above.
+        logits: bfloat16, float16 or float32 [n, vocab], n and vocab at least 1, the
+            last dimension contiguous. Left as they are.
+        read: int64 [n], the position of each row, request * block + column, of
+            every masked one at least; None for all in order.
+        mask_id: the mask token.
+
+    Returns:
+        As `close_blocks`.
+    """
+    block = canvas[0].shape[1] // 2
+    tokens = torch.empty((len(slots), block), dtype=torch.int64)
+    num_tokens = torch.empty_like(slots)
+    if read is None:
+        read = torch.arange(len(slots) * block)
+    _greedy_step(
+        canvas[0].numpy(),
+        canvas[1].numpy(),
+        canvas[2].numpy(),
+        canvas[3].numpy(),
+        canvas[4].numpy(),
+        strategy[0].numpy(),
+        strategy[1].numpy(),
+        strategy[2].numpy(),
+        slots.numpy(),
+        width.numpy(),
+        *layout_of(logits),
+        read.numpy(),
         mask_id,
         tokens.numpy(),
         num_tokens.numpy(),

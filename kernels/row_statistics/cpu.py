@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
-_FLOAT = KINDS.index(torch.float32)
+# Scale of a row without a temperature.
+UNIT = np.float32(_LOG2E)
+FLOAT = KINDS.index(torch.float32)
 # Logits that are worth the work of another thread: about 0.2 ms.
 _GRAIN = 1 << 19
 
@@ -192,9 +194,8 @@ def describe(
     chunks = (vocab + CHUNK - 1) // CHUNK
     sums, peaks = np.empty(chunks, np.float64), np.empty(chunks, np.float32)
     scaled = np.empty(0, np.float32)
-    width = vocab * 2 if kind == _FLOAT else vocab
+    width = vocab * 2 if kind == FLOAT else vocab
     nothing = np.float32(0.0)
-    unit = np.float32(_LOG2E)
     for r in range(first, rows, step):
         mask = bitmasks[0][:0]
         if len(bitmask_rows) > 0 and bitmask_rows[r] >= 0:
@@ -221,7 +222,7 @@ def describe(
         before = sampled and len(plain) > 0 and plain[r]
 
         heated = np.float32(_LOG2E / np.float64(heat))
-        scale = unit if before or cut else heated
+        scale = UNIT if before or cut else heated
         token, peak, second, total, doubt = survey(row, vocab, scale, sums, peaks)
         tokens[0, r] = tokens[1, r] = token
         if not np.isfinite(peak):
@@ -237,7 +238,7 @@ def describe(
             # A row of its own, in which nothing is left to be banned.
             source = (
                 scaled.view(np.uint16),
-                _FLOAT,
+                FLOAT,
                 -1,
                 static[:0],
                 mask[:0],
@@ -258,16 +259,27 @@ def describe(
             continue
         height = peak
         if before:
-            scale = unit if cut else heated
+            scale = UNIT if cut else heated
             _, height, _, _, _ = survey(source, vocab, scale, sums, peaks)
         candidate, logit = draw(source, vocab, scale, height, draws[r], sums, peaks)
         if before:
             bits = np.empty(CHUNK, np.uint32)
             fetch(row, vocab, candidate // CHUNK * CHUNK, bits)
             logit = bits.view(np.float32)[candidate % CHUNK]
-            scale = unit
+            scale = UNIT
         tokens[1, r] = candidate
         values[5, r] = 2.0 ** (np.float64(logit - peak) * scale) / total
+
+
+def layout_of(logits: torch.Tensor) -> tuple[Array, int, int, int, int]:
+    """The first arguments of `describe`, for at least one row."""
+    rows, vocab = logits.shape
+    # numpy has no bfloat16; a row may be followed by padding.
+    stride = logits.stride(0) if rows > 1 else vocab
+    flat = logits.as_strided(((rows - 1) * stride + vocab,), (1,))
+    words = flat.view(torch.int16).numpy().view(np.uint16)
+    row_words = stride * logits.element_size() // 2
+    return words, KINDS.index(logits.dtype), row_words, rows, vocab
 
 
 @lru_cache(maxsize=1)
@@ -283,17 +295,12 @@ def row_statistics(
     tokens = torch.empty((2, rows), dtype=torch.int64)
     values = torch.empty((6, rows), dtype=torch.float32)
     if rows:
-        # numpy has no bfloat16; a row may be followed by padding.
-        stride = logits.stride(0) if rows > 1 else vocab
-        flat = logits.as_strided(((rows - 1) * stride + vocab,), (1,))
-        words = flat.view(torch.int16).numpy().view(np.uint16)
         shared = (
             *_arrays(sampling, constraints),
             tokens.numpy(),
             values.numpy(),
         )
-        row_words = stride * logits.element_size() // 2
-        layout = (words, KINDS.index(logits.dtype), row_words, rows, vocab)
+        layout = layout_of(logits)
         number = min(torch.get_num_threads(), rows, max(1, logits.numel() // _GRAIN))
         if number == 1:
             describe(*layout, 0, 1, *shared)

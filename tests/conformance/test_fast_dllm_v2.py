@@ -117,7 +117,9 @@ def test_the_published_loop(
         assert answer["tokens"] == expected, len(prompt)
     if small_block == BLOCK:
         plain = params("threshold", threshold=threshold)
-        assert engine.run(engine_calls.generate, prompts(), plain) == answers
+        again = engine.run(engine_calls.generate, prompts(), plain)
+        # How much of a prompt was still in the cache is the only other thing.
+        assert [a["tokens"] for a in again] == [a["tokens"] for a in answers]
 
 
 @pytest.fixture(scope="module")

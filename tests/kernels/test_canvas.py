@@ -11,6 +11,7 @@ from vllm_unmask.decoding import blocks
 from vllm_unmask.decoding.canvas import Canvas
 from vllm_unmask.decoding.denoise import NEVER, Strategy
 from vllm_unmask.kernels import canvas as kernels
+from vllm_unmask.kernels.row_statistics import Constraints, row_statistics
 
 MASK = 3
 VOCAB = 7
@@ -163,6 +164,68 @@ def test_close_blocks(case: Case) -> None:
     # Beyond their number the tokens are nobody's.
     reported = torch.arange(case.block) < num_tokens.unsqueeze(1)
     assert_equal(tokens[reported], expected_tokens[reported])
+
+
+def one_after_the_other(
+    case: Case, canvas: Canvas, logits: torch.Tensor, read: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `greedy_step` is, in the parts that it is made of."""
+    shape = case.num_reqs, case.block
+    active, masked = blocks.open_blocks(canvas, case.slots, case.width, MASK)
+    found = row_statistics(logits, None, Constraints(mask_id=MASK))
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    sure = torch.zeros(shape)
+    where = torch.arange(tokens.numel()) if read is None else read
+    tokens.view(-1)[where] = found.tokens
+    sure.view(-1)[where] = found.probability
+    accepted = blocks.accept(
+        canvas, case.strategy, case.slots, case.width, masked, sure, sure
+    )
+    after = torch.where(accepted, tokens, active)
+    return blocks.close_blocks(canvas, case.slots, case.width, after, MASK)
+
+
+@settings(max_examples=300)
+@given(CASES, st.booleans(), st.sampled_from(["bfloat16", "float16", "float32"]))
+def test_greedy_step(case: Case, all_rows: bool, dtype: str) -> None:
+    rng = case.rng
+    _, masked = blocks.open_blocks(case.canvas, case.slots, case.width, MASK)
+    also = torch.from_numpy(rng.random(masked.shape) < 0.3)
+    read = (masked | also).view(-1).nonzero().squeeze(1)
+    if all_rows or not len(read):
+        read = None
+    size = masked.numel() if read is None else len(read)
+    # Few values, so that there are ties; and rows that say nothing.
+    values = rng.choice([-2.0, 0.5, 3.0, 8.0, -np.inf], (size, VOCAB))
+    values[rng.random(size) < 0.1] = rng.choice([-np.inf, np.nan, np.inf])
+    logits = torch.from_numpy(values).to(getattr(torch, dtype))
+    before = logits.clone()
+    ours, expected = case.copy(), case.copy()
+    tokens, num_tokens = kernels.greedy_step(
+        ours, case.strategy, case.slots, case.width, logits, read, MASK
+    )
+    expected_tokens, expected_num = one_after_the_other(case, expected, logits, read)
+    assert_equal(ours, expected)
+    assert_equal(num_tokens, expected_num)
+    reported = torch.arange(case.block) < num_tokens.unsqueeze(1)
+    assert_equal(tokens[reported], expected_tokens[reported])
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_greedy_step_never_reveals_the_mask() -> None:
+    case = Case(0, 4, 1)
+    canvas = case.canvas._replace(
+        ids=torch.zeros_like(case.canvas.ids),
+        pending=torch.zeros_like(case.canvas.pending),
+        num_fixed=torch.zeros_like(case.canvas.num_fixed),
+    )
+    # A row in which everything is banned falls back to token 0, here the mask.
+    logits = torch.full((4, VOCAB), -torch.inf)
+    kernels.greedy_step(
+        canvas, case.strategy, case.slots, torch.tensor([4]), logits, None, 0
+    )
+    assert (canvas.ids[case.slots, :4] == 0).sum() < 4
+    assert set(canvas.ids[case.slots, :4].unique().tolist()) <= {0, 1}
 
 
 def test_nan_never_passes_a_threshold() -> None:

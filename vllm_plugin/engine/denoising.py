@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from vllm_unmask.engine.model_state import BlockDiffusionModelState
 
 
+# Logits up to which a CPU has a step of greedy requests in one call. More are better
+# read by several threads, and then calls are not what a step costs.
+_ONE_CALL = 1 << 18
+
+
 class Stepped(NamedTuple):
     """What one step, or several, have done with the requests that denoise."""
 
@@ -32,7 +37,8 @@ class Stepped(NamedTuple):
     num_tokens: torch.Tensor  # int64 [requests], how many of them
     # Batch row -> log-probabilities of the open block, for the requests that want them.
     logprobs: dict[int, LogprobsTensors]
-    scores: Scores  # each tensor [requests, block]
+    # Each tensor [requests, block]; None where no later step can ask for them.
+    scores: Scores | None
     complete: torch.Tensor  # bool [requests], the block has no mask and is not held
     num_steps: torch.Tensor  # int64 [requests], how many they are
 
@@ -49,6 +55,7 @@ class Stepped(NamedTuple):
         index = async_tensor_h2d(rows, device=self.tokens.device)
         tokens = torch.where(opened.unsqueeze(1), self.tokens[index], later.tokens)
         num_tokens = torch.where(opened, self.num_tokens[index], later.num_tokens)
+        assert self.scores is not None and later.scores is not None
         scores = zip(self.scores, later.scores, strict=True)
         return Stepped(
             self.tokens.index_copy(0, index, tokens),
@@ -85,6 +92,9 @@ class Stepper:
         self.verifier = model_state.verifier
         self.drafts = model_state.drafts
         self.answers = model_state.answers
+        # Only blocks on a CPU have that operator: no window, nothing on a GPU.
+        has_operator = hasattr(self.states.ops, "greedy_step")
+        self.one_call = has_operator and not self.first_alone
 
     def step(
         self,
@@ -105,6 +115,8 @@ class Stepper:
         """
         length, mask_id = self.geometry
         ops, canvas = self.states.ops, self.canvas
+        if self._is_one_call(inputs, rows):
+            return self._greedy(inputs.logits, rows)
         if closing is not None:
             rows, whole = rows._replace(width=rows.width.where(~closing, 0)), rows.width
         active, masked = ops.open_blocks(canvas, rows.slots, rows.width, mask_id)
@@ -238,6 +250,31 @@ class Stepper:
             num_tokens[row] = 1
         once = torch.ones_like(num_tokens)
         return Stepped(tokens, num_tokens, logprobs, scores, complete, once)
+
+    def _is_one_call(self, inputs: StepLogits, rows: DenoisingRows) -> bool:
+        """Whether all that the step does is done by one operator."""
+        return (
+            self.one_call
+            and inputs.logits.numel() <= _ONE_CALL
+            and inputs.drafted is None
+            and rows.forwarded is None
+            and bool(self.strategies.greedy[rows.slots_np].all())
+            and not self.grammars.members(rows.slots_np)
+        )
+
+    def _greedy(self, logits: torch.Tensor, rows: DenoisingRows) -> Stepped:
+        tokens, num_tokens = self.states.ops.greedy_step(
+            self.canvas,
+            self.states.strategy,
+            rows.slots,
+            rows.width,
+            logits,
+            rows.read,
+            self.geometry.mask_token_id,
+        )
+        complete = self.canvas.pending[rows.slots]
+        once = torch.ones_like(num_tokens)
+        return Stepped(tokens, num_tokens, {}, None, complete, once)
 
     def open_blocks(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Open blocks and their masked positions, each [requests, block].

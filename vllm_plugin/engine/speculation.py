@@ -263,6 +263,7 @@ class Drafts:
         self.any_closing = not self.on_cpu or bool(self.closing.any())
         pending = canvas.pending[slots]
         start = start + torch.where(pending, length, 0)
+        assert stepped.scores is not None
         scores = Scores(*(x[where] for x in stepped.scores))
         # Logits of a next block that was opened behind another guess are no base for a
         # step, but one for a guess. Without any there is nothing to draft from.

@@ -76,6 +76,21 @@ def is_plain(options: DecodingOptions, seeds: Seeds | None) -> bool:
     )
 
 
+def is_greedy(options: DecodingOptions, params: SamplingParams) -> bool:
+    """Whether a plain request's steps are `kernels.canvas.greedy_step`, no more.
+
+    But for a grammar, which may still be asked for.
+    """
+    return (
+        params.temperature == 0
+        and not changes_logits(params)
+        and SPECULATION.isdisjoint(options.fillers)
+        and options.value("order") == "confidence"
+        and options.answer_block_length is None
+        and not options.trace
+    )
+
+
 def sub_block_length(options: DecodingOptions, block_length: int) -> int:
     """Positions of a part of a block."""
     return options.value("sub_block_length") or max(block_length // 4, 1)
@@ -109,6 +124,8 @@ class Strategies:
         self.kind = np.zeros(max_num_reqs, np.int64)
         # Request slot -> whether its steps read positions that are not masked.
         self.reads_all = np.zeros(max_num_reqs, np.bool_)
+        # Request slot -> whether its steps are `kernels.canvas.greedy_step`.
+        self.greedy = np.zeros(max_num_reqs, np.bool_)
         self.kinds: list[tuple[frozenset[str], str]] = [(frozenset(), "")]
         self.parameters = np.zeros((max_num_reqs, len(_COLUMNS)), np.float32)
         self.stop_ids = np.full((max_num_reqs, 1), -1, np.int64)
@@ -145,6 +162,7 @@ class Strategies:
         plain, fillers = is_plain(options, seeds), options.fillers
         drafts = "freedave" in fillers
         self.reads_all[slot] = not plain or drafts or changes_logits(params)
+        self.greedy[slot] = plain and is_greedy(options, params)
         if plain:
             return
         if seeds is not None:
