@@ -128,7 +128,7 @@ def show(address: str, records: list[dict[str, str]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, default=DEMO / "sdar16")
+    parser.add_argument("--model", type=Path, default=DEMO / "sdar32")
     parser.add_argument("--records", type=int, default=6, help="how many (default 6)")
     args = parser.parse_args()
     # So that ending this script ends the server too.

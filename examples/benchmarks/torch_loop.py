@@ -95,7 +95,7 @@ class TorchLoop:
             canvas = ids[:, start : start + block]
             while (masked := canvas == mask_id).any():
                 logits = self._forward(canvas, start, cache, None).float()
-                cache.crop(start)
+                cache.crop(-block)
                 logits[..., mask_id] = -torch.inf
                 confidence, best = logits.softmax(-1).max(-1)
                 confidence = confidence.masked_fill(~masked, -1.0)

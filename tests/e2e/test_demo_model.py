@@ -17,7 +17,7 @@ THRESHOLD = {"unmask_strategy": "threshold", "unmask_threshold": 0.9}
 
 
 # Model -> output tokens of a request's forward at threshold 0.9, at least.
-MODELS = {"sdar": 5, "sdar16": 8}
+MODELS = {"sdar": 5, "sdar32": 13}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -68,4 +68,4 @@ def test_threshold_is_as_right_as_one_token_a_step(
     assert fast >= careful - 0.02
     assert many >= MODELS[name]
     # The end of the last block is forwarded, but is not output.
-    assert 0.8 < one <= 1
+    assert 0.7 < one <= 1
