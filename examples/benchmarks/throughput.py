@@ -77,9 +77,9 @@ class Sample(NamedTuple):
 
 
 def num_prompts(concurrency: int, quick: bool) -> int:
-    """Prompts in one measurement: half a second at least, eight turns of all places.
+    """Prompts in one measurement: eight for each request in flight, and some at least.
 
-    In less, what is measured is how an engine wakes up and how its last requests end.
+    With few, what is measured is how an engine wakes up and how its last requests end.
     """
     return max(48, 8 * concurrency) * (1 if quick else 2)
 

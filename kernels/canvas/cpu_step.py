@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop behind `vllm_unmask.kernels.canvas.greedy_step`: the others in a row."""
+"""The loop behind `vllm_unmask.kernels.canvas.greedy_step`: the others in a row.
+
+Its machine code contains them, and its cache only watches this file: who changes them
+touches this one, too (see `row_statistics.cpu_chunks`).
+"""
 
 from typing import Any
 

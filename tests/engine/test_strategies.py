@@ -46,6 +46,43 @@ def test_a_plain_strategy_is_left_to_the_canvas_operations(strategy: str) -> Non
     assert known.groups(np.array([2, 5])) == []
 
 
+GREEDY = {"temperature": 0.0}
+SEEDS = Seeds(np.array([3]), np.array([True]))
+
+
+@pytest.mark.parametrize(
+    ("decoding", "sampling", "seeds", "expected"),
+    [
+        (options("threshold"), GREEDY, None, True),
+        (options("static"), GREEDY | {"stop_token_ids": [5]}, None, True),
+        (options("threshold"), {"temperature": 1.0}, None, False),
+        (options("threshold"), GREEDY | {"logprobs": 1}, None, False),
+        (options("threshold"), GREEDY | {"min_tokens": 2}, None, False),
+        (options("threshold"), GREEDY | {"logit_bias": {5: 1.0}}, None, False),
+        (options("threshold"), GREEDY | {"bad_words": ["x"]}, None, False),
+        (options("threshold"), GREEDY | {"allowed_token_ids": [5]}, None, False),
+        (options("threshold"), GREEDY, SEEDS, False),
+        (options("threshold", trace=True), GREEDY, None, False),
+        (options("static", order="margin"), GREEDY, None, False),
+        (options("threshold", answer_block_length=2), GREEDY, None, False),
+        (options("threshold+freedave"), GREEDY, None, False),
+        (options("threshold+s2d2"), GREEDY, None, False),
+        (options("credit"), GREEDY, None, False),
+    ],
+)
+def test_whose_steps_are_one_call(
+    decoding: DecodingOptions,
+    sampling: dict[str, Any],
+    seeds: Seeds | None,
+    expected: bool,
+) -> None:
+    known = strategies()
+    # The slot's last request was the other kind.
+    known.greedy[2] = not expected
+    known.add_request(2, "a", decoding, SamplingParams(**sampling), 3, seeds)
+    assert known.greedy[2] == expected
+
+
 def test_groups_share_fillers_and_keep_their_parameters() -> None:
     known = strategies()
     stops = SamplingParams(stop_token_ids=[5, 6, 7])
